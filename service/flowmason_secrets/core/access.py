@@ -1,0 +1,104 @@
+"""Who asks, and what they may: principals, scopes, allowed names."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from .errors import Denied, InvalidInput
+
+FULL, READ, EXECUTE, DEPLOY = "full", "read", "execute", "deploy"
+SCOPES = (FULL, READ, EXECUTE, DEPLOY)
+ANY: frozenset[str] = frozenset(SCOPES)
+
+MAX_PATTERNS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """An API key, or a local process that uses the library or the command line.
+
+    `expires_at` is in seconds since the epoch. `key_ref` is None for local processes, which hold
+    the master key anyway.
+    """
+
+    org_id: str
+    actor: str
+    actor_type: str
+    scopes: frozenset[str]
+    allow: tuple[str, ...] = ()
+    expires_at: float | None = None
+    digest: str | None = field(default=None, repr=False)
+
+    def require(self, scopes: Collection[str]) -> None:
+        """Raises:
+        Denied: none of `scopes` is among those of this principal.
+        """
+        if self.scopes.isdisjoint(scopes):
+            raise Denied(
+                f"This needs the scope {' or '.join(sorted(scopes))}; "
+                f"the API key has {', '.join(sorted(self.scopes))}."
+            )
+
+    def require_unrestricted(self) -> None:
+        """Raises:
+        Denied: the API key is limited to some names, so it can't hand out wider keys.
+        """
+        if self.allow:
+            raise Denied("An API key that is limited to some names can't manage API keys.")
+
+    def may_name(self, name: str) -> bool:
+        """Whether this principal may touch, or see, the secret `name`."""
+        return not self.allow or _matcher(self.allow).fullmatch(name) is not None
+
+    def require_name(self, name: str) -> None:
+        """Raises:
+        Denied: no pattern of the API key matches `name`. Says nothing about its existence.
+        """
+        if not self.may_name(name):
+            raise Denied(f"This API key may not use the name {name!r}.")
+
+
+class Caller(NamedTuple):
+    """A principal together with the request it makes."""
+
+    principal: Principal
+    client_ip: str | None = None
+    user_agent: str | None = None
+    request_id: str | None = None
+
+
+def check_scopes(scopes: Sequence[str]) -> tuple[str, ...]:
+    """Raises:
+    InvalidInput: none at all, or one that does not exist.
+    """
+    unknown = sorted(set(scopes) - set(SCOPES))
+    if not scopes or unknown:
+        raise InvalidInput("scopes", f"must be some of {', '.join(SCOPES)}")
+    return tuple(scope for scope in SCOPES if scope in scopes)
+
+
+def check_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
+    """`*` stands for any run of characters, `?` for one; everything else for itself.
+
+    Raises:
+        InvalidInput: more than 64 patterns, or one that is empty or over 256 characters.
+    """
+    if len(patterns) > MAX_PATTERNS:
+        raise InvalidInput("allow", f"must have at most {MAX_PATTERNS} patterns")
+    if any(not 1 <= len(pattern) <= 256 for pattern in patterns):
+        raise InvalidInput("allow", "patterns must have 1 to 256 characters")
+    return tuple(patterns)
+
+
+@lru_cache(maxsize=1024)
+def _matcher(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    def one(pattern: str) -> str:
+        # Runs of * are one *: nested repetition could make matching exponentially slow.
+        pieces = re.split(r"(\*+|\?)", pattern)
+        return "".join(
+            ".*" if p.startswith("*") else "." if p == "?" else re.escape(p) for p in pieces
+        )
+
+    return re.compile("|".join(f"(?:{one(pattern)})" for pattern in patterns), re.DOTALL)

@@ -1,0 +1,166 @@
+"""The one tree of errors. Every member carries a stable code and its data, never a value."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class SecretsError(Exception):
+    """Anything this product refuses or fails to do.
+
+    `code` is stable and meant for machines; `str(error)` says what to do and is safe to show.
+    """
+
+    code: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Internal error"
+
+
+class InvalidInput(SecretsError, ValueError):
+    """A field that the caller sent is not acceptable."""
+
+    code = "invalid_input"
+    title = "Invalid input"
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class Unauthenticated(SecretsError):
+    """No API key, or one that is unknown, expired or revoked; which of these is not told."""
+
+    code = "unauthenticated"
+    title = "Unauthenticated"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A live API key is needed: send 'Authorization: Bearer <api-key>' or 'X-API-Key'."
+        )
+
+
+class Denied(SecretsError, PermissionError):
+    """The API key is live, but its scopes or its allowed names don't cover this."""
+
+    code = "denied"
+    title = "Not allowed"
+
+
+class SecretNotFound(SecretsError, LookupError):
+    """The organisation has no secret of this name."""
+
+    code = "secret_not_found"
+    title = "Secret not found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Secret {name!r} not found.")
+        self.name = name
+
+
+class SecretExpired(SecretsError):
+    """The secret is past its expiry and its value is no longer handed out."""
+
+    code = "secret_expired"
+    title = "Secret expired"
+
+    def __init__(self, name: str, expires_at: str) -> None:
+        super().__init__(f"Secret {name!r} has expired at {expires_at}. Set it again to renew it.")
+        self.name = name
+        self.expires_at = expires_at
+
+
+class DecryptionFailed(SecretsError):
+    """The secret is under a key that this process does not hold, or its token is not authentic."""
+
+    code = "decryption_failed"
+    title = "Decryption failed"
+
+    def __init__(self, name: str, key_id: str, held: Sequence[str]) -> None:
+        super().__init__(
+            f"Secret {name!r} needs the master key {key_id}; held here: {', '.join(held)}. "
+            "Configure the key that it was written with; nothing on disk was changed."
+        )
+        self.name = name
+        self.key_id = key_id
+        self.held = tuple(held)
+
+
+class SecretDamaged(SecretsError):
+    """The files of this secret are incomplete or don't belong together."""
+
+    code = "secret_damaged"
+    title = "Secret damaged"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"The stored files of secret {name!r} are damaged ({reason}). "
+            "Set it again or delete it; other secrets are not affected."
+        )
+        self.name = name
+        self.reason = reason
+
+
+class PreconditionFailed(SecretsError):
+    """A conditional write met another version than the one it asked for; nothing was changed."""
+
+    code = "precondition_failed"
+    title = "Precondition failed"
+
+    def __init__(self, name: str, current: str | None) -> None:
+        found = "does not exist" if current is None else f"is at version {current}"
+        super().__init__(f"Secret {name!r} {found}; nothing was changed.")
+        self.name = name
+        self.current = current
+
+
+class ApiKeyNotFound(SecretsError, LookupError):
+    """The organisation has no live API key of this id."""
+
+    code = "api_key_not_found"
+    title = "API key not found"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"API key {key_id!r} not found, or already revoked.")
+        self.key_id = key_id
+
+
+class LogUnavailable(SecretsError):
+    """The event log can't be written, so nothing is revealed and nothing is changed.
+
+    `retry_after` is in seconds.
+    """
+
+    code = "log_unavailable"
+    title = "Event log unavailable"
+
+    def __init__(self, reason: str, retry_after: int = 1) -> None:
+        super().__init__(
+            f"The event log can't be written ({reason}), so nothing is served. "
+            "Values and changes are available again as soon as it can."
+        )
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class Overloaded(SecretsError):
+    """More is waiting to be committed than the queue may hold. `retry_after` is in seconds."""
+
+    code = "overloaded"
+    title = "Overloaded"
+
+    def __init__(self, retry_after: int = 1) -> None:
+        super().__init__("Too many operations are waiting to be committed; try again shortly.")
+        self.retry_after = retry_after
+
+
+class LogDamaged(SecretsError):
+    """The event log contradicts itself; nothing is written to it until somebody has looked."""
+
+    code = "log_damaged"
+    title = "Event log damaged"
+
+
+class ConfigurationError(SecretsError):
+    """The settings contradict each other or are not safe."""
+
+    code = "configuration"
+    title = "Configuration error"

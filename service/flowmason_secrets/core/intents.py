@@ -1,0 +1,83 @@
+"""The gate's decision, without any input or output: which intents of a batch become events."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from .events import Event
+from .records import Change, Ref
+
+
+class Intent(NamedTuple):
+    """An operation waiting to happen.
+
+    `depends` names what it read, and how many events the log had when that was read. Without an
+    `event` it only asks whether what it read is still current.
+    """
+
+    event: Event | None
+    depends: tuple[tuple[Ref, int], ...]
+    change: Change | None = None
+
+
+class Changes:
+    """Which resources changed lately, and at which size of the log: a bounded memory.
+
+    What was forgotten counts as changed: the intent is then merely read anew.
+    """
+
+    def __init__(self, position: int, limit: int = 65536) -> None:
+        self._limit = limit
+        self._last: dict[Ref, int] = {}
+        self._floor = position
+
+    def record(self, ref: Ref, position: int) -> None:
+        """`ref` was changed by the event that made the log `position` events long."""
+        self._last.pop(ref, None)
+        self._last[ref] = position
+        if len(self._last) > self._limit:
+            oldest = next(iter(self._last))
+            self._floor = max(self._floor, self._last.pop(oldest))
+
+    def since(self, ref: Ref, position: int) -> bool:
+        """Whether `ref` may have changed after the log was `position` events long."""
+        return self._last.get(ref, self._floor) > position
+
+
+class Admission(NamedTuple):
+    """The verdict over a batch. Indices point into it, in the order in which they commit."""
+
+    events: list[tuple[int, Event]]
+    current: list[int]
+    stale: list[int]
+
+
+def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission:
+    """Decide over a batch with the log caught up to `position` events; record what it changes.
+
+    Reads go first: all intents of a batch are concurrent, so any order is a true one, and in this
+    one no change of the batch makes a read of it stale.
+    """
+    verdict = Admission([], [], [])
+    since = changes.since
+    for index in _reads_first(batch):
+        event, depends, change = batch[index]
+        for ref, as_of in depends:
+            if since(ref, as_of):
+                verdict.stale.append(index)
+                break
+        else:
+            if event is None:
+                verdict.current.append(index)
+                continue
+            verdict.events.append((index, event))
+            position += 1
+            if change is not None:
+                changes.record(event.ref, position)
+    return verdict
+
+
+def _reads_first(batch: Sequence[Intent]) -> Iterable[int]:
+    writes = [index for index, intent in enumerate(batch) if intent.change is not None]
+    if not writes:
+        return range(len(batch))
+    return [index for index, intent in enumerate(batch) if intent.change is None] + writes

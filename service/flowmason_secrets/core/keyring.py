@@ -1,0 +1,125 @@
+"""Master keys, the key derived from one for each organisation, and what they encrypt.
+
+The derivation is FlowMason 1.0's (FORMAT.md §3); the encryption is `cryptography`'s Fernet.
+"""
+
+import hashlib
+from base64 import urlsafe_b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cryptography.fernet import Fernet, InvalidToken
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
+
+ITERATIONS = 100_000
+DEFAULT_KEY_ID = "default"
+MIN_PRODUCTION_KEY = 32
+
+
+class Plaintext:
+    """A decrypted value. Its `repr` shows only a length, so that it can't slip into a log."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The value itself: call this only where it leaves for its caller."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return f"<Plaintext of {len(self._value)} characters>"
+
+
+@dataclass(frozen=True, slots=True)
+class MasterKey:
+    """One master key. `key_id` names it in `.meta` files, events and errors; it reveals nothing."""
+
+    key_id: str
+    material: str | None = field(repr=False)
+
+    @classmethod
+    def of(cls, material: str) -> "MasterKey":
+        """Name a master key. Takes tens of milliseconds, like every derivation."""
+        # As slow to guess from as the tokens themselves: the id adds no easier way to try keys.
+        return cls(_pbkdf2(material, b"flowmason-secrets key id", 4).hex(), material)
+
+
+# The documented key of FlowMason when none is configured: anybody who knows the organisation can
+# derive it, so it protects nothing.
+DEFAULT_KEY = MasterKey(DEFAULT_KEY_ID, None)
+
+
+class KeyNotHeld(LookupError):
+    """The keyring has no key of this id."""
+
+
+class NotAuthentic(ValueError):
+    """The token was not made with this key, or was changed since."""
+
+
+class Keyring:
+    """The master keys of this process, newest first: the first one encrypts."""
+
+    def __init__(self, keys: Sequence[MasterKey]) -> None:
+        if not keys:
+            raise ValueError("a keyring needs at least one key")
+        self._keys = {key.key_id: key for key in keys}
+        self._active = keys[0].key_id
+        self._oldest = keys[-1].key_id
+        self._derived: dict[tuple[str, str], Fernet] = {}
+
+    @property
+    def active(self) -> str:
+        """The id of the key that encrypts."""
+        return self._active
+
+    @property
+    def oldest(self) -> str:
+        """The id of the key that stands for FlowMason 1.0's, whose files don't name theirs."""
+        return self._oldest
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The ids of all keys, newest first."""
+        return tuple(self._keys)
+
+    def derived(self, org_id: str, key_id: str) -> bool:
+        """Whether the key for this organisation is at hand, or is not held at all."""
+        return (org_id, key_id) in self._derived or key_id not in self._keys
+
+    def derive(self, org_id: str, key_id: str) -> None:
+        """Make the key for this organisation ready. Takes tens of milliseconds: not for the loop."""
+        key = self._keys[key_id]
+        material = key.material
+        if material is None:
+            seed = f"flowmason-default-key-{org_id}".encode()
+            material = hashlib.sha256(seed).hexdigest()[:32]
+        salt = hashlib.sha256(org_id.encode()).digest()
+        self._derived[org_id, key_id] = Fernet(urlsafe_b64encode(_pbkdf2(material, salt, 32)))
+
+    def encrypt(self, org_id: str, value: str) -> bytes:
+        """A Fernet token of `value` under the active key, which must have been derived."""
+        return self._derived[org_id, self._active].encrypt(value.encode())
+
+    def decrypt(self, org_id: str, key_id: str, token: bytes) -> Plaintext:
+        """The value of `token`, with the key that `key_id` names and no other.
+
+        Raises:
+            KeyNotHeld: this keyring has no such key.
+            NotAuthentic: the token is not of that key, or is damaged.
+        """
+        fernet = self._derived.get((org_id, key_id))
+        if fernet is None:
+            raise KeyNotHeld(key_id)
+        try:
+            return Plaintext(fernet.decrypt(token).decode())
+        except (InvalidToken, UnicodeDecodeError):
+            raise NotAuthentic(key_id) from None
+
+
+def _pbkdf2(material: str, salt: bytes, length: int) -> bytes:
+    kdf = PBKDF2HMAC(algorithm=hashes.SHA256(), length=length, salt=salt, iterations=ITERATIONS)
+    return kdf.derive(material.encode())

@@ -1,0 +1,80 @@
+"""Names: what may be called how, and which file or id follows from a name. FORMAT.md §2."""
+
+import hashlib
+import unicodedata
+from functools import lru_cache
+
+from .errors import InvalidInput
+
+CATEGORIES = ("api_key", "token", "credential", "other")
+
+MAX_NAME = 256
+MAX_DESCRIPTION = 1024
+MAX_VALUE_BYTES = 65536
+MAX_ORG = 256
+
+_NOT_IN_NAMES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+def check_new_name(name: str) -> str:
+    """Return `name` if a secret may be created under it.
+
+    Stricter than `check_any_name`: what FlowMason 1.0 stored stays reachable whatever its name.
+
+    Raises:
+        InvalidInput: empty, over 256 characters, with `/` or control characters, `.` or `..`.
+    """
+    if not 1 <= len(name) <= MAX_NAME:
+        raise InvalidInput("name", f"must have 1 to {MAX_NAME} characters, has {len(name)}")
+    if "/" in name:
+        raise InvalidInput("name", "must not contain '/'")
+    # URL parsers drop the segments . and .. even when they are percent-encoded (WHATWG URL
+    # §4.5), so a secret of that name could be created but never read.
+    if name in (".", ".."):
+        raise InvalidInput("name", "must not be '.' or '..', which URLs can't carry")
+    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in name):
+        raise InvalidInput("name", "must not contain control characters or line separators")
+    return name
+
+
+def check_any_name(name: str) -> str:
+    """Return `name` if it can be looked up: any text that has a UTF-8 form.
+
+    Raises:
+        InvalidInput: the text holds lone surrogates.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput("name", "is not valid Unicode text") from None
+    return name
+
+
+def check_org(org_id: str) -> str:
+    """Return `org_id` if it can be an organisation.
+
+    Raises:
+        InvalidInput: empty, over 256 characters or with control characters.
+    """
+    if not 1 <= len(org_id) <= MAX_ORG:
+        raise InvalidInput("org_id", f"must have 1 to {MAX_ORG} characters, has {len(org_id)}")
+    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in org_id):
+        raise InvalidInput("org_id", "must not contain control characters")
+    return org_id
+
+
+def org_hash(org_id: str) -> str:
+    """The directory of an organisation: the first 16 hex digits of its SHA-256."""
+    return hashlib.sha256(org_id.encode()).hexdigest()[:16]
+
+
+def secret_hash(name: str) -> str:
+    """The stem of a secret's two files: the first 32 hex digits of its name's SHA-256."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+# Bounded: names come from callers.
+@lru_cache(maxsize=4096)
+def secret_id(org_id: str, name: str) -> str:
+    """The id of a secret, as FlowMason 1.0 made it: 16 hex digits, stable for organisation and name."""
+    return hashlib.sha256(f"{org_id}:{name}".encode()).hexdigest()[:16]

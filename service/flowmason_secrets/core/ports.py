@@ -1,0 +1,137 @@
+"""What the inside asks of the outside."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from .events import Line, Receipt
+from .intents import Intent
+from .records import ApiKey, Metadata, SecretRecord
+
+# Seconds since the epoch.
+Clock = Callable[[], float]
+
+
+class Stale:
+    """The answer to an intent whose versions are no longer current: read anew and try again."""
+
+
+STALE = Stale()
+
+# None: nothing had to be recorded, and what the intent read is current.
+Verdict = Receipt | Stale | None
+
+
+class Store(Protocol):
+    """What holds secrets, API keys and the event log."""
+
+    @property
+    def position(self) -> int:
+        """How many events of the log this process has caught up with."""
+
+    def peek(self, org_id: str, name: str) -> SecretRecord | None:
+        """The record if it is at hand in memory. It may be outdated: only `commit` knows."""
+
+    async def load(self, org_id: str, name: str) -> SecretRecord | None:
+        """The record as it is stored now, or None if there is none.
+
+        A record with `damage` set stands for files that don't make a whole secret.
+        """
+
+    async def load_api_key(self, digest: str) -> ApiKey | None:
+        """The API key with this SHA-256 (hex), live or not."""
+
+    async def api_keys(self, org_id: str) -> list[ApiKey]:
+        """All API keys of the organisation, oldest first, the revoked ones included."""
+
+    async def commit(self, batch: Sequence[Intent]) -> list[Verdict]:
+        """Return only when every admitted event of the batch is on stable storage, in order,
+        without gaps, and every change of it is published; one verdict for each intent.
+
+        Raises:
+            LogUnavailable: no event was acknowledged and no change will be, other than those that
+                recovery finds whole in the log.
+            LogDamaged: the log contradicts itself.
+        """
+
+    async def close(self) -> None:
+        """Release everything; what was committed is durable under its final name."""
+
+
+class AuditQuery(NamedTuple):
+    """Filters of an audit query; times in seconds since the epoch, `until` exclusive.
+
+    `before` is a seq: only events older than that one. `allow` hides events of other secrets.
+    """
+
+    org_id: str | None
+    resource_type: str | None = None
+    action: str | None = None
+    name: str | None = None
+    actor: str | None = None
+    success: bool | None = None
+    since: float | None = None
+    until: float | None = None
+    before: int | None = None
+    limit: int = 100
+    offset: int = 0
+    allow: tuple[str, ...] = ()
+
+
+class ListQuery(NamedTuple):
+    """Filters of a listing; `after` is the last name of the page before. `expired` is judged at `now`."""
+
+    org_id: str
+    now: float
+    category: str | None = None
+    prefix: str | None = None
+    expired: bool | None = None
+    after: str | None = None
+    limit: int = 1000
+    allow: tuple[str, ...] = ()
+
+
+class Chunk(NamedTuple):
+    """Whole lines of one segment, one after the other: the first has seq `first`.
+
+    `segment` is the number in the segment's file name, `offset` the place of `data` in it.
+    """
+
+    first: int
+    segment: int
+    offset: int
+    data: bytes
+
+
+class Tail(Protocol):
+    """What the projections are made from. Blocking: called in worker threads only."""
+
+    def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        """All lines with `start` <= seq < `stop`, in order, in chunks of about a mebibyte."""
+
+    def line(self, segment: int, offset: int) -> bytes:
+        """The line that begins at `offset` of a segment, without its newline."""
+
+    def organisations(self) -> list[str]:
+        """The hashes of all organisations that have a directory."""
+
+    def stems(self, org_hash: str) -> list[str]:
+        """The secret hashes of all metadata that an organisation has."""
+
+    def metadata(self, org_hash: str, stem: str) -> Metadata | None:
+        """The metadata stored under a secret hash now; None if there is none that can be read."""
+
+
+class Index(Protocol):
+    """The projections: views derived from events and metadata, never the truth."""
+
+    async def audit(self, query: AuditQuery, position: int) -> list[Line]:
+        """Matching events among the first `position` ones, newest first."""
+
+    async def listing(self, query: ListQuery, position: int) -> list[Metadata]:
+        """Matching secrets sorted by name, as they were after `position` events or later."""
+
+    def start(self) -> None:
+        """Follow the log in the background."""
+
+    async def close(self) -> None:
+        """Stop following."""
