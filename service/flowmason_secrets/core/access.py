@@ -19,8 +19,8 @@ MAX_PATTERNS = 64
 class Principal:
     """An API key, or a local process that uses the library or the command line.
 
-    `expires_at` is in seconds since the epoch. `key_ref` is None for local processes, which hold
-    the master key anyway.
+    `expires_at` is in seconds since the epoch. `digest`, the SHA-256 of the API key, is None for
+    local processes, which hold the master key anyway.
     """
 
     org_id: str
@@ -61,9 +61,13 @@ class Principal:
 
 
 class Caller(NamedTuple):
-    """A principal together with the request it makes."""
+    """A principal together with the request it makes.
+
+    `as_of` is the size of the log, in events, when the principal was looked up.
+    """
 
     principal: Principal
+    as_of: int = 0
     client_ip: str | None = None
     user_agent: str | None = None
     request_id: str | None = None

@@ -7,7 +7,7 @@ from .access import Caller
 from .records import Ref
 
 Outcome = Literal["success", "denied", "not_found", "expired", "failed"]
-Detail = str | int | bool | None | list[str]
+Detail = str | int | bool | list[str] | None
 
 MAX_LINE = 8000
 
@@ -91,7 +91,7 @@ def event(
     details: dict[str, Detail] | None = None,
 ) -> Event:
     """Compose the event of one operation. `resource` is its type, its id and its name."""
-    principal, client_ip, user_agent, request_id = caller
+    principal, _, client_ip, user_agent, request_id = caller
     kind, resource_id, name = resource
     return Event(
         event_id,
@@ -113,7 +113,7 @@ def event(
 
 
 class Ids:
-    """Makes event ids: UUIDv7 (RFC 9562 §5.7) from a clock in seconds and a source of randomness."""
+    """Makes event ids: UUIDv7 (RFC 9562 §5.7) from a clock in seconds and random bytes."""
 
     # One call for many ids: a call for each is a measurable part of a read.
     _BLOCK = 4000

@@ -91,7 +91,7 @@ class Keyring:
         return (org_id, key_id) in self._derived or key_id not in self._keys
 
     def derive(self, org_id: str, key_id: str) -> None:
-        """Make the key for this organisation ready. Takes tens of milliseconds: not for the loop."""
+        """Make the key for this organisation ready. Takes tens of ms: not for the loop."""
         key = self._keys[key_id]
         material = key.material
         if material is None:
@@ -100,9 +100,9 @@ class Keyring:
         salt = hashlib.sha256(org_id.encode()).digest()
         self._derived[org_id, key_id] = Fernet(urlsafe_b64encode(_pbkdf2(material, salt, 32)))
 
-    def encrypt(self, org_id: str, value: str) -> bytes:
+    def encrypt(self, org_id: str, value: Plaintext) -> bytes:
         """A Fernet token of `value` under the active key, which must have been derived."""
-        return self._derived[org_id, self._active].encrypt(value.encode())
+        return self._derived[org_id, self._active].encrypt(value.reveal().encode())
 
     def decrypt(self, org_id: str, key_id: str, token: bytes) -> Plaintext:
         """The value of `token`, with the key that `key_id` names and no other.

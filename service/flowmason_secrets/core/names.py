@@ -12,6 +12,7 @@ MAX_NAME = 256
 MAX_DESCRIPTION = 1024
 MAX_VALUE_BYTES = 65536
 MAX_ORG = 256
+MAX_LABEL = 128
 
 _NOT_IN_NAMES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
@@ -63,6 +64,19 @@ def check_org(org_id: str) -> str:
     return org_id
 
 
+def check_label(name: str) -> str:
+    """Return `name` if an API key may be called so.
+
+    Raises:
+        InvalidInput: empty, over 128 characters or with control characters.
+    """
+    if not 1 <= len(name) <= MAX_LABEL:
+        raise InvalidInput("name", f"must have 1 to {MAX_LABEL} characters, has {len(name)}")
+    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in name):
+        raise InvalidInput("name", "must not contain control characters")
+    return name
+
+
 def org_hash(org_id: str) -> str:
     """The directory of an organisation: the first 16 hex digits of its SHA-256."""
     return hashlib.sha256(org_id.encode()).hexdigest()[:16]
@@ -76,5 +90,5 @@ def secret_hash(name: str) -> str:
 # Bounded: names come from callers.
 @lru_cache(maxsize=4096)
 def secret_id(org_id: str, name: str) -> str:
-    """The id of a secret, as FlowMason 1.0 made it: 16 hex digits, stable for organisation and name."""
+    """The id of a secret, as FlowMason 1.0 made it: 16 hex digits."""
     return hashlib.sha256(f"{org_id}:{name}".encode()).hexdigest()[:16]

@@ -3,12 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from .errors import LogUnavailable
 from .events import Line, Receipt
 from .intents import Intent
 from .records import ApiKey, Metadata, SecretRecord
 
 # Seconds since the epoch.
 Clock = Callable[[], float]
+
+
+class Sources(NamedTuple):
+    """Where times and event ids come from: passed in, so that tests decide."""
+
+    clock: Clock
+    new_id: Callable[[], str]
 
 
 class Stale:
@@ -18,7 +26,7 @@ class Stale:
 STALE = Stale()
 
 # None: nothing had to be recorded, and what the intent read is current.
-Verdict = Receipt | Stale | None
+Verdict = Receipt | Stale | LogUnavailable | None
 
 
 class Store(Protocol):
@@ -30,6 +38,9 @@ class Store(Protocol):
 
     def peek(self, org_id: str, name: str) -> SecretRecord | None:
         """The record if it is at hand in memory. It may be outdated: only `commit` knows."""
+
+    def forget(self, org_id: str, name: str) -> None:
+        """Drop what is at hand in memory: the gate found it outdated."""
 
     async def load(self, org_id: str, name: str) -> SecretRecord | None:
         """The record as it is stored now, or None if there is none.
@@ -47,9 +58,11 @@ class Store(Protocol):
         """Return only when every admitted event of the batch is on stable storage, in order,
         without gaps, and every change of it is published; one verdict for each intent.
 
+        A LogUnavailable among the verdicts means: not acknowledged, and absent unless recovery
+        finds its event whole in the log.
+
         Raises:
-            LogUnavailable: no event was acknowledged and no change will be, other than those that
-                recovery finds whole in the log.
+            LogUnavailable: not even the state of the log could be read.
             LogDamaged: the log contradicts itself.
         """
 
@@ -78,7 +91,7 @@ class AuditQuery(NamedTuple):
 
 
 class ListQuery(NamedTuple):
-    """Filters of a listing; `after` is the last name of the page before. `expired` is judged at `now`."""
+    """Filters of a listing: `after` is the last name before this page, `expired` is as of `now`."""
 
     org_id: str
     now: float

@@ -33,7 +33,7 @@ class Metadata:
 
     @property
     def etag(self) -> str:
-        """The entity tag (RFC 9110 §8.8.3): another one for every version, also after a re-creation."""
+        """The entity tag (RFC 9110 §8.8.3), never the same for two contents of a secret."""
         # The tail of a UUIDv7 is its random part.
         return f'"{self.version}-{self.revision[-8:] or "0"}"'
 

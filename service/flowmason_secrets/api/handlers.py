@@ -1,0 +1,216 @@
+"""One handler per route: from the request to the use case and back."""
+
+import base64
+import binascii
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import msgspec
+import orjson
+from aiohttp import web
+
+from ..core import names, times
+from ..core.drafts import Draft, KeyDraft
+from ..core.errors import InvalidInput
+from ..core.events import Receipt
+from ..core.keyring import Plaintext
+from ..core.ports import AuditQuery, ListQuery
+from ..service import Service
+from . import requests, shapes
+from .requests import Call
+
+PAGE = 1000
+# "All of them" of a listing.
+_UNLIMITED = 1 << 62
+
+
+def _json(
+    document: object, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    every = {
+        "Content-Type": "application/json",
+        "Cache-Control": "no-store",
+        "Server": "flowmason",
+    }
+    body = document if isinstance(document, bytes) else msgspec.json.encode(document)
+    return web.Response(body=body, status=status, headers=every | (headers or {}))
+
+
+def _receipt(receipt: Receipt) -> dict[str, str]:
+    return {"Audit-Seq": str(receipt.seq), "Audit-Id": receipt.id}
+
+
+async def get_secret(service: Service, call: Call) -> web.Response:
+    """The value of a secret."""
+    metadata, value, receipt = await service.get(call.caller, call.params["name"])
+    # The hottest response: a plain dict is encoded faster than a shape is made.
+    body = orjson.dumps(
+        {
+            "name": metadata.name,
+            "value": value.reveal(),
+            "category": metadata.category,
+            "is_expired": False,
+            "version": metadata.version,
+        }
+    )
+    return web.Response(
+        body=body,
+        headers={
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",
+            "Server": "flowmason",
+            "ETag": metadata.etag,
+            "Audit-Seq": str(receipt.seq),
+            "Audit-Id": receipt.id,
+        },
+    )
+
+
+async def put_secret(service: Service, call: Call) -> web.Response:
+    """Create or update a secret."""
+    sent = await requests.body(call, shapes.SecretIn)
+    draft = Draft(
+        sent.name, Plaintext(sent.value), sent.description, sent.category, sent.expires_at
+    )
+    written = await service.set(call.caller, draft, requests.precondition(call.raw))
+    status = 201 if written.created else 200
+    headers = {"ETag": written.metadata.etag} | _receipt(written.receipt)
+    if written.created:
+        headers["Location"] = f"/api/v1/secrets/{quote(written.metadata.name, safe='')}"
+    return _json(shapes.metadata_out(written.metadata, time.time()), status, headers)
+
+
+async def delete_secret(service: Service, call: Call) -> web.Response:
+    """Delete a secret."""
+    name = call.params["name"]
+    receipt = await service.delete(call.caller, name, requests.precondition(call.raw))
+    return _json(shapes.Message(f"Secret '{name}' deleted"), headers=_receipt(receipt))
+
+
+async def get_metadata(service: Service, call: Call) -> web.Response:
+    """Everything about a secret but its value."""
+    metadata = await service.metadata(call.caller, call.params["name"])
+    document = shapes.metadata_out(metadata, time.time())
+    return _json(document, headers={"ETag": metadata.etag})
+
+
+async def list_secrets(service: Service, call: Call) -> web.Response:
+    """The secrets of the organisation, without their values."""
+    query, now = call.query, time.time()
+    paged = "limit" in query or "cursor" in query
+    limit = requests.number(query, "limit", PAGE, PAGE)
+    category = query.get("category")
+    if category is not None and category not in names.CATEGORIES:
+        raise InvalidInput("category", f"must be one of {', '.join(names.CATEGORIES)}")
+    wanted = ListQuery(
+        org_id=call.caller.principal.org_id,
+        now=now,
+        category=category,
+        prefix=query.get("prefix"),
+        expired=requests.boolean(query, "expired"),
+        after=_decode_cursor(query.get("cursor")),
+        # One more than asked for tells whether there is a next page.
+        limit=limit + 1 if paged else _UNLIMITED,
+    )
+    pieces: list[bytes] = []
+    last, count = "", 0
+    async for page in service.listing(call.caller, wanted):
+        kept = page[: limit - count] if paged else page
+        pieces += [msgspec.json.encode(shapes.metadata_out(entry, now)) for entry in kept]
+        last, count = (kept[-1].name if kept else last), count + len(page)
+    headers = _next(call, last) if paged and count > limit else {}
+    return _json(b"[" + b",".join(pieces) + b"]", headers=headers)
+
+
+async def get_audit_log(service: Service, call: Call) -> web.Response:
+    """The events of the organisation, newest first."""
+    query = call.query
+    limit = requests.number(query, "limit", 100, PAGE)
+    cursor = _decode_cursor(query.get("cursor"))
+    if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
+        raise InvalidInput("cursor", "is not one that this service gave out")
+    wanted = AuditQuery(
+        org_id=call.caller.principal.org_id,
+        resource_type=query.get("resource_type"),
+        action=query.get("action"),
+        name=query.get("name"),
+        actor=query.get("actor"),
+        success=requests.boolean(query, "success"),
+        since=_time(query, "since"),
+        until=_time(query, "until"),
+        before=None if cursor is None else int(cursor),
+        limit=limit + 1,
+        offset=requests.number(query, "offset", 0, 1 << 53),
+    )
+    lines = await service.audit(call.caller, wanted)
+    headers = _next(call, str(lines[limit - 1]["seq"])) if len(lines) > limit else {}
+    return _json([shapes.audit_out(line) for line in lines[:limit]], headers=headers)
+
+
+async def create_api_key(service: Service, call: Call) -> web.Response:
+    """Create an API key; the raw key is told this once."""
+    sent = await requests.body(call, shapes.ApiKeyIn)
+    draft = KeyDraft(sent.name, tuple(sent.scopes), tuple(sent.allow), sent.expires_at)
+    issued = await service.keys.issue(call.caller, draft)
+    key = shapes.api_key_out(issued.key, time.time())
+    document = shapes.ApiKeyIssued(key, issued.raw.reveal())
+    return _json(document, 201, _receipt(issued.receipt))
+
+
+async def list_api_keys(service: Service, call: Call) -> web.Response:
+    """The API keys of the organisation, without the keys themselves."""
+    keys: Sequence[Any] = await service.keys.all(call.caller)
+    now = time.time()
+    return _json([shapes.api_key_out(key, now) for key in keys])
+
+
+async def revoke_api_key(service: Service, call: Call) -> web.Response:
+    """Revoke an API key: when this has answered, no process accepts it any more."""
+    key_id = call.params["id"]
+    receipt = await service.keys.revoke(call.caller, key_id)
+    return _json(shapes.Message(f"API key '{key_id}' revoked"), headers=_receipt(receipt))
+
+
+async def whoami(service: Service, call: Call) -> web.Response:
+    """Who the API key belongs to and what it may do."""
+    principal = await service.whoami(call.caller)
+    expires_at = None if principal.expires_at is None else times.render(principal.expires_at)
+    scopes, allow = sorted(principal.scopes), list(principal.allow)
+    return _json(shapes.WhoAmI(principal.org_id, principal.actor, scopes, allow, expires_at))
+
+
+async def healthz(service: Service, call: Call) -> web.Response:
+    """The process is alive."""
+    return _json(shapes.Health("alive"))
+
+
+async def readyz(service: Service, call: Call) -> web.Response:
+    """Values can be served; if not, why."""
+    reason = await service.ready()
+    if reason is None:
+        return _json(shapes.Health("ready"))
+    return _json(shapes.Health("unavailable", reason), 503, {"Retry-After": "1"})
+
+
+def _time(query: dict[str, str], name: str) -> float | None:
+    text = query.get(name)
+    return None if text is None else times.parse(text, name)
+
+
+def _next(call: Call, cursor: str) -> dict[str, str]:
+    """The `Link` header (RFC 8288) to the page after the entry that `cursor` names."""
+    encoded = base64.urlsafe_b64encode(cursor.encode()).decode().rstrip("=")
+    rest = {name: value for name, value in call.query.items() if name != "offset"}
+    path = call.raw.raw_path.partition("?")[0]
+    return {"Link": f'<{path}?{urlencode(rest | {"cursor": encoded})}>; rel="next"'}
+
+
+def _decode_cursor(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode()
+    except (binascii.Error, ValueError):
+        raise InvalidInput("cursor", "is not one that this service gave out") from None

@@ -1,0 +1,57 @@
+"""Errors as RFC 9457 problems."""
+
+import msgspec
+from aiohttp import web
+
+from ..core import errors
+from ..core.errors import SecretsError
+from ..core.status import STATUS
+from .shapes import Problem
+
+
+class RequestError(SecretsError):
+    """The request itself is not acceptable; the members say which status answers it."""
+
+    def __init__(self, status: int, code: str, title: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.problem_code = code
+        self.problem_title = title
+        self.headers: dict[str, str] = {}
+
+
+def malformed(detail: str) -> RequestError:
+    """400: the request can't be understood."""
+    return RequestError(400, "malformed_request", "Malformed request", detail)
+
+
+def problem_response(error: SecretsError, request_id: str) -> web.Response:
+    """The answer to an error of ours."""
+    headers = {"X-Request-Id": request_id, "Cache-Control": "no-store", "Server": "flowmason"}
+    if isinstance(error, RequestError):
+        status, code, title = error.status, error.problem_code, error.problem_title
+        headers |= error.headers
+    else:
+        status, code, title = STATUS[type(error)], error.code, error.title
+    problem = Problem(code, title, status, str(error), request_id)
+    if isinstance(error, errors.InvalidInput):
+        problem = msgspec.structs.replace(problem, field=error.field)
+    elif isinstance(error, errors.DecryptionFailed):
+        problem = msgspec.structs.replace(problem, key_id=error.key_id, held=list(error.held))
+    elif isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = 'Bearer realm="flowmason-secrets"'
+    elif isinstance(error, errors.LogUnavailable | errors.Overloaded):
+        headers["Retry-After"] = str(error.retry_after)
+    return _response(problem, headers)
+
+
+def internal_error(request_id: str) -> web.Response:
+    """The answer to a defect: nothing of it is told, the log has it under the request's id."""
+    detail = "An unexpected error; the server's log has it under this request_id."
+    problem = Problem(SecretsError.code, SecretsError.title, 500, detail, request_id)
+    return _response(problem, {"X-Request-Id": request_id, "Server": "flowmason"})
+
+
+def _response(problem: Problem, headers: dict[str, str]) -> web.Response:
+    headers["Content-Type"] = "application/problem+json"
+    return web.Response(body=msgspec.json.encode(problem), status=problem.status, headers=headers)

@@ -1,0 +1,215 @@
+"""Reading a request: who it is from, its query, its body. Nothing here trusts anything."""
+
+import asyncio
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+from urllib.parse import parse_qsl, unquote_to_bytes
+
+import msgspec
+from aiohttp import web
+from aiohttp.web_request import BaseRequest
+
+from ..core.access import Caller
+from ..core.drafts import Precondition
+from ..core.errors import InvalidInput
+from .problems import RequestError, malformed
+
+T = TypeVar("T")
+
+# A value of 64 KiB of which JSON escapes every character, and room for the rest.
+MAX_BODY = 512 << 10
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_ETAG = re.compile(r'\s*(?:W/)?("[^"]*"|\*)\s*(?:,|$)')
+
+
+@dataclass(slots=True)
+class Call:
+    """One request that has been authenticated and matched to its route."""
+
+    raw: BaseRequest
+    caller: Caller
+    params: dict[str, str]
+    query: dict[str, str]
+    body_timeout: float = 30.0
+    link: str = field(default="")
+
+
+def request_id(raw: BaseRequest, generate: Callable[[], str]) -> str:
+    """The client's `X-Request-Id` if it is harmless, else a new one."""
+    given = raw.headers.get("X-Request-Id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else generate()
+
+
+def user_agent(raw: BaseRequest) -> str | None:
+    """The `User-Agent`, at most 256 characters, whatever bytes it was sent as."""
+    agent = raw.headers.get("User-Agent")
+    if agent is None or (agent.isascii() and len(agent) <= 256):
+        return agent
+    return agent[:256].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def client_ip(raw: BaseRequest, behind_proxy: bool) -> str | None:
+    """The address of the client: behind a proxy the one that the proxy saw."""
+    if behind_proxy:
+        # Only the last entry is the proxy's own word; the others are the client's.
+        forwarded = raw.headers.getall("X-Forwarded-For", [""])[-1].rpartition(",")[2].strip()
+        try:
+            return str(ipaddress.ip_address(forwarded))
+        except ValueError:
+            return raw.remote
+    return raw.remote or None
+
+
+def api_key(raw: BaseRequest) -> str | None:
+    """The API key of a request, from `Authorization: Bearer` or else `X-API-Key`."""
+    authorization = raw.headers.get("Authorization")
+    if authorization is None:
+        return raw.headers.get("X-API-Key")
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
+
+
+def decode_segment(segment: str) -> str:
+    """A segment of the path without its percent-encoding.
+
+    Raises:
+        RequestError: it is not UTF-8.
+    """
+    if "%" not in segment and segment.isascii():
+        return segment
+    try:
+        return unquote_to_bytes(segment.encode("utf-8", "surrogateescape")).decode()
+    except UnicodeDecodeError:
+        raise malformed("The path is not percent-encoded UTF-8.") from None
+
+
+def decode_query(text: str, known: frozenset[str]) -> dict[str, str]:
+    """The query parameters.
+
+    Raises:
+        RequestError, InvalidInput: not UTF-8, repeated, or one that the route doesn't have.
+    """
+    try:
+        text.encode()
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=32)
+    except (UnicodeError, ValueError):
+        raise malformed("The query is not percent-encoded UTF-8.") from None
+    query: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in known:
+            raise InvalidInput(name[:64], f"unknown parameter; known: {', '.join(sorted(known))}")
+        if name in query:
+            raise InvalidInput(name, "given twice")
+        query[name] = value
+    return query
+
+
+def number(query: dict[str, str], name: str, default: int, most: int) -> int:
+    """A query parameter that counts something, from 0 or, for a limit, from 1.
+
+    Raises:
+        InvalidInput: not a number, or out of range.
+    """
+    text = query.get(name)
+    if text is None:
+        return default
+    least = 1 if name == "limit" else 0
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and least <= int(text) <= most):
+        raise InvalidInput(name, f"must be a number from {least} to {most}")
+    return int(text)
+
+
+def boolean(query: dict[str, str], name: str) -> bool | None:
+    """Raises:
+    InvalidInput: neither `true` nor `false`.
+    """
+    text = query.get(name)
+    if text not in (None, "true", "false"):
+        raise InvalidInput(name, "must be true or false")
+    return None if text is None else text == "true"
+
+
+def precondition(raw: BaseRequest) -> Precondition | None:
+    """What `If-None-Match` and `If-Match` ask for (RFC 9110 §13.1).
+
+    Raises:
+        RequestError: something else than `If-None-Match: *` or entity tags in `If-Match`.
+    """
+    absent, match = raw.headers.getall("If-None-Match", []), raw.headers.getall("If-Match", [])
+    if absent and match:
+        raise malformed("If-Match and If-None-Match can't be combined.")
+    if absent:
+        if [value.strip() for value in absent] != ["*"]:
+            raise malformed("If-None-Match must be '*' in a write.")
+        return Precondition(absent=True)
+    if match:
+        text = ",".join(match)
+        etags = tuple(_ETAG.findall(text))
+        if not etags or _ETAG.sub("", text):
+            raise malformed("If-Match must hold entity tags in double quotes, or '*'.")
+        return Precondition(etags=etags)
+    return None
+
+
+async def body(call: Call, shape: type[T]) -> T:
+    """The JSON body of a request.
+
+    Raises:
+        RequestError: 408, 413, 415, or 400 when it is not JSON.
+        InvalidInput: JSON, but not of this shape.
+    """
+    content_type = call.raw.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise RequestError(
+            415,
+            "unsupported_media_type",
+            "Unsupported media type",
+            "Send 'Content-Type: application/json'.",
+        )
+    data = await _read(call)
+    try:
+        return msgspec.json.decode(data, type=shape)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise malformed("The body is not JSON in UTF-8.") from None
+
+
+async def _read(call: Call) -> bytes:
+    too_large = RequestError(
+        413, "body_too_large", "Body too large", f"A body has at most {MAX_BODY} bytes."
+    )
+    if (call.raw.content_length or 0) > MAX_BODY:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(call.body_timeout):
+            while chunk := await call.raw.content.readany():
+                size += len(chunk)
+                if size > MAX_BODY:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError:
+        raise RequestError(
+            408,
+            "request_timeout",
+            "Request timeout",
+            f"The body did not arrive within {call.body_timeout:g} seconds.",
+        ) from None
+    except web.PayloadAccessError:
+        raise malformed("The body ended early.") from None
+    return b"".join(chunks)
+
+
+def _invalid(error: msgspec.ValidationError) -> InvalidInput:
+    reason, _, place = str(error).partition(" - at `$")
+    field_name = place.rstrip("`").removeprefix(".").partition(".")[0].partition("[")[0]
+    if not field_name:
+        quoted = re.search(r"field `([^`]*)`", reason)
+        field_name = quoted[1] if quoted else "body"
+    return InvalidInput(field_name, reason)

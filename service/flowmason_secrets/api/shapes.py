@@ -1,0 +1,208 @@
+"""What goes over the wire, as types: validation and OpenAPI both come from them."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ..core.events import Detail, Line
+from ..core.names import MAX_DESCRIPTION, MAX_LABEL, MAX_NAME
+from ..core.records import ApiKey, Metadata
+
+Category = Literal["api_key", "token", "credential", "other"]
+Scope = Literal["full", "read", "execute", "deploy"]
+
+_EXPIRES = Meta(description="RFC 3339 with a zone", examples=["2030-01-31T12:00:00Z"])
+Time = Annotated[str, _EXPIRES]
+
+
+class SecretIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A secret to create, or to replace as a whole."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+    value: Annotated[str, Meta(max_length=65536, description="At most 65,536 bytes as UTF-8.")]
+    description: Annotated[str, Meta(max_length=MAX_DESCRIPTION)] = ""
+    category: Category = "other"
+    expires_at: Time | None = None
+
+    def __repr__(self) -> str:
+        return f"<SecretIn {self.name!r}>"
+
+
+class SecretValue(msgspec.Struct, frozen=True):
+    """A secret with its value."""
+
+    name: str
+    value: str
+    category: str
+    is_expired: bool
+    version: int
+
+    def __repr__(self) -> str:
+        return f"<SecretValue {self.name!r}>"
+
+
+class SecretMetadata(msgspec.Struct, frozen=True):
+    """Everything about a secret but its value."""
+
+    id: str
+    name: str
+    description: str
+    category: str
+    created_at: str
+    updated_at: str
+    created_by: str | None
+    expires_at: str | None
+    is_expired: bool
+    version: int
+
+
+class AuditEntry(msgspec.Struct, frozen=True):
+    """One event of the log."""
+
+    id: str
+    seq: int
+    timestamp: str
+    user_id: str | None
+    api_key_id: str | None
+    action: str
+    resource_type: str
+    resource_id: str | None
+    details: dict[str, Detail]
+    success: bool
+    error_message: str | None
+    ip_address: str | None
+
+
+class ApiKeyIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """An API key to create."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_LABEL)]
+    scopes: Annotated[list[Scope], Meta(min_length=1)] = msgspec.field(
+        default_factory=lambda: ["full"]
+    )
+    allow: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=64)
+    ] = msgspec.field(default_factory=list)
+    expires_at: Time | None = None
+
+
+class ApiKeyOut(msgspec.Struct, frozen=True):
+    """An API key without the key."""
+
+    id: str
+    name: str
+    scopes: list[str]
+    allow: list[str]
+    created_at: str
+    created_by: str | None
+    expires_at: str | None
+    revoked_at: str | None
+    is_active: bool
+
+
+class ApiKeyIssued(msgspec.Struct, frozen=True):
+    """A new API key: `raw_key` is told this once."""
+
+    api_key: ApiKeyOut
+    raw_key: str
+
+    def __repr__(self) -> str:
+        return f"<ApiKeyIssued {self.api_key.id}>"
+
+
+class WhoAmI(msgspec.Struct, frozen=True):
+    """Who the API key belongs to and what it may do."""
+
+    org_id: str
+    api_key_id: str
+    scopes: list[str]
+    allow: list[str]
+    expires_at: str | None
+
+
+class Message(msgspec.Struct, frozen=True):
+    """What was done."""
+
+    message: str
+
+
+class Health(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Whether the service is alive, or ready, and if not, why."""
+
+    status: str
+    reason: str | None = None
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error, after RFC 9457. `code` is stable; `field` names what was wrong in the request."""
+
+    code: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    field: str | None = None
+    key_id: str | None = None
+    held: list[str] | None = None
+
+
+def metadata_out(metadata: Metadata, now: float) -> SecretMetadata:
+    """The wire form of a secret's metadata; `now` in seconds since the epoch."""
+    return SecretMetadata(
+        id=metadata.id,
+        name=metadata.name,
+        description=metadata.description,
+        category=metadata.category,
+        created_at=metadata.created_at,
+        updated_at=metadata.updated_at,
+        created_by=metadata.created_by,
+        expires_at=metadata.expires_at,
+        is_expired=metadata.is_expired(now),
+        version=metadata.version,
+    )
+
+
+def audit_out(line: Line) -> AuditEntry:
+    """The wire form of an event."""
+    details: dict[str, Detail] = {
+        "name": line["name"],
+        "version": line["version"],
+        "outcome": line["outcome"],
+        "status": line["status"],
+        "request_id": line["request_id"],
+        "user_agent": line["user_agent"],
+    }
+    details = {key: value for key, value in details.items() if value is not None}
+    details |= line["details"]
+    success = line["outcome"] == "success"
+    is_key = line["actor_type"] == "api_key"
+    return AuditEntry(
+        id=line["id"],
+        seq=line["seq"],
+        timestamp=line["time"],
+        user_id=None if is_key else line["actor"],
+        api_key_id=line["actor"] if is_key else None,
+        action=line["action"],
+        resource_type=line["resource_type"],
+        resource_id=line["resource_id"],
+        details=details,
+        success=success,
+        error_message=None if success else str(line["details"].get("error", line["outcome"])),
+        ip_address=line["client_ip"],
+    )
+
+
+def api_key_out(key: ApiKey, now: float) -> ApiKeyOut:
+    """The wire form of an API key; `now` in seconds since the epoch."""
+    return ApiKeyOut(
+        id=key.id,
+        name=key.name,
+        scopes=list(key.scopes),
+        allow=list(key.allow),
+        created_at=key.created_at,
+        created_by=key.created_by,
+        expires_at=key.expires_at,
+        revoked_at=key.revoked_at,
+        is_active=key.is_live(now),
+    )

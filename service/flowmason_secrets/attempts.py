@@ -1,0 +1,151 @@
+"""The one path: what every operation does around its own step."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from .authentication import Authentication, depends_on
+from .core import errors, names
+from .core.access import Caller, Principal
+from .core.errors import SecretsError
+from .core.events import Detail, Event, Outcome, Receipt, event
+from .core.intents import Intent
+from .core.ports import Stale, Store
+from .core.records import Change, PutSecret
+from .core.status import STATUS, outcome_of
+from .gate import Gate
+
+T = TypeVar("T")
+
+
+class Attempt:
+    """One run through the path: what it read and what it wants, until the gate decides."""
+
+    __slots__ = ("caller", "change", "depends", "details", "resource", "version")
+
+    def __init__(self, caller: Caller, resource: tuple[str, str | None, str | None]) -> None:
+        self.caller = caller
+        self.resource = resource
+        self.depends = depends_on(caller)
+        self.version: int | None = None
+        self.change: Change | None = None
+        self.details: dict[str, Detail] | None = None
+
+
+class Path:
+    """request → authorise → read state → intent → gate → reply, and again if outdated by then."""
+
+    def __init__(
+        self,
+        store: Store,
+        gate: Gate,
+        authentication: Authentication,
+        new_id: Callable[[], str],
+    ) -> None:
+        self._store = store
+        self._gate = gate
+        self._authentication = authentication
+        self._new_id = new_id
+
+    async def perform(
+        self,
+        caller: Caller,
+        action: str,
+        name: str | None,
+        step: Callable[[Attempt], Awaitable[T]],
+    ) -> tuple[T, Receipt]:
+        """The one path. What `step` read may be outdated by the time of the commit: then again."""
+        while True:
+            attempt = Attempt(caller, secret_resource(caller, name))
+            try:
+                result = await step(attempt)
+            except SecretsError as refusal:
+                if await self.refuse(attempt, action, refusal):
+                    raise
+            else:
+                recorded = self._event(attempt, action, None)
+                intent = Intent(recorded, attempt.depends, attempt.change)
+                receipt = await self._gate.commit(intent)
+                if not isinstance(receipt, Stale):
+                    return result, receipt
+            caller = await self.renew(caller, name)
+
+    async def refuse(self, attempt: Attempt, action: str, refusal: SecretsError) -> bool:
+        """Record a refusal; False if what it was based on is outdated."""
+        recorded = self._event(attempt, action, refusal)
+        verdict = await self._gate.commit(Intent(recorded, attempt.depends))
+        return not isinstance(verdict, Stale)
+
+    async def permit(
+        self, caller: Caller, action: str, resource_type: str, check: Callable[[Principal], None]
+    ) -> int:
+        """Check an operation that is no event unless it is refused; see `barrier`.
+
+        Raises:
+            Denied: by `check`; recorded.
+            Unauthenticated: the API key was revoked in the meantime.
+        """
+        while True:
+            attempt = Attempt(caller, (resource_type, None, None))
+            try:
+                check(caller.principal)
+            except errors.Denied as refusal:
+                if await self.refuse(attempt, action, refusal):
+                    raise
+                caller = await self.renew(caller, None)
+            else:
+                return await self.barrier(caller)
+
+    async def barrier(self, caller: Caller) -> int:
+        """The size of the log, in events, at some moment since this was called; the caller's API
+        key was live then.
+
+        Raises:
+            Unauthenticated: it is not.
+        """
+        while not await self._gate.is_current(Intent(None, depends_on(caller))):
+            caller = await self._authentication.renew(caller)
+        return self._store.position
+
+    async def renew(self, caller: Caller, name: str | None) -> Caller:
+        """Forget what turned out to be outdated, and look the caller up again.
+
+        Raises:
+            Unauthenticated: his API key was revoked in the meantime.
+        """
+        if name is not None:
+            self._store.forget(caller.principal.org_id, name)
+        return await self._authentication.renew(caller)
+
+    def _event(self, attempt: Attempt, action: str, refusal: SecretsError | None) -> Event:
+        details = attempt.details
+        if refusal is None:
+            status = 201 if details is not None and details.get("kind") == "create" else 200
+            outcome: Outcome = "success"
+        else:
+            status, outcome = STATUS[type(refusal)], outcome_of(refusal)
+            details = {"error": refusal.code}
+            if isinstance(refusal, errors.DecryptionFailed):
+                details |= {"key_id": refusal.key_id, "held": list(refusal.held)}
+        event_id = self._event_id(attempt)
+        return event(
+            event_id,
+            attempt.caller,
+            action,
+            outcome,
+            attempt.resource,
+            status,
+            attempt.version,
+            details,
+        )
+
+    def _event_id(self, attempt: Attempt) -> str:
+        # The metadata of a new version name the event that wrote it.
+        if isinstance(attempt.change, PutSecret):
+            return attempt.change.metadata.revision
+        return self._new_id()
+
+
+def secret_resource(caller: Caller, name: str | None) -> tuple[str, str | None, str | None]:
+    """What an event about this secret is about: type, id and name."""
+    org_id = caller.principal.org_id
+    return ("secret", None if name is None else names.secret_id(org_id, name), name)

@@ -1,0 +1,129 @@
+"""The settings. The only reader of the environment."""
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .core.errors import ConfigurationError
+from .core.keyring import MIN_PRODUCTION_KEY
+
+PREFIX = "FLOWMASON_SECRETS_"
+DEFAULT_PORT = 8700
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set. Sizes in bytes, durations in seconds."""
+
+    master_keys: tuple[str, ...] = field(default=(), repr=False)
+    data_dir: Path = Path("~/.flowmason/secrets")
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    cache_bytes: int = 16 << 20
+    segment_bytes: int = 64 << 20
+    segment_age: float = 86400.0
+    queue_limit: int = 10_000
+    body_timeout: float = 30.0
+    keepalive_timeout: float = 75.0
+
+    @property
+    def root(self) -> Path:
+        """The data directory with `~` expanded."""
+        return self.data_dir.expanduser()
+
+
+# Variable (without the prefix) → field of Settings, what it is for.
+VARIABLES: dict[str, tuple[str, str]] = {
+    "KEY": ("master_keys", "The master key."),
+    "KEY_FILE": (
+        "master_keys",
+        "A file with one master key a line, the newest first; mode 0600. Instead of KEY.",
+    ),
+    "DIR": ("data_dir", "The data directory."),
+    "HOST": ("host", "The address to listen on."),
+    "PORT": ("port", "The TCP port to listen on."),
+    "CACHE_BYTES": ("cache_bytes", "How much encrypted data is kept in memory."),
+    "SEGMENT_BYTES": ("segment_bytes", "At which size a segment of the event log is sealed."),
+    "SEGMENT_AGE": ("segment_age", "At which age, in seconds, a segment is sealed."),
+    "QUEUE_LIMIT": ("queue_limit", "How many operations may wait for their commit."),
+    "BODY_TIMEOUT": ("body_timeout", "Seconds within which a request's body has to arrive."),
+    "KEEPALIVE_TIMEOUT": ("keepalive_timeout", "Seconds after which idle connections close."),
+}
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings that the `FLOWMASON_SECRETS_*` variables describe.
+
+    Raises:
+        ConfigurationError: an unknown variable, one that can't be read, or two that contradict.
+    """
+    values: dict[str, object] = {}
+    for variable in sorted(environ):
+        if not variable.startswith(PREFIX):
+            continue
+        short = variable[len(PREFIX) :]
+        if short not in VARIABLES:
+            known = ", ".join(PREFIX + name for name in VARIABLES)
+            raise ConfigurationError(f"Unknown variable {variable}. Known are: {known}.")
+        if short not in ("KEY", "KEY_FILE"):
+            name = VARIABLES[short][0]
+            values[name] = _convert(variable, name, environ[variable])
+    key, key_file = environ.get(PREFIX + "KEY"), environ.get(PREFIX + "KEY_FILE")
+    if key and key_file:
+        raise ConfigurationError(f"Set {PREFIX}KEY or {PREFIX}KEY_FILE, not both.")
+    if key:
+        values["master_keys"] = (key,)
+    elif key_file:
+        values["master_keys"] = read_key_file(Path(key_file).expanduser())
+    return Settings(**values)  # type: ignore[arg-type] # _convert has checked each of them
+
+
+def read_key_file(path: Path) -> tuple[str, ...]:
+    """The master keys in a key file, the active one first.
+
+    Raises:
+        ConfigurationError: missing, empty, or readable by group or others.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            keys = tuple(line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"The key file {path} can't be read: {error}.") from None
+    if mode & 0o077:
+        raise ConfigurationError(
+            f"The key file {path} is open to others (mode {mode:04o}). Run: chmod 600 {path}"
+        )
+    if not keys:
+        raise ConfigurationError(f"The key file {path} holds no key. It has one key a line.")
+    return keys
+
+
+def check_production(settings: Settings) -> None:
+    """Raises:
+    ConfigurationError: no master key, or one of fewer than 32 characters.
+    """
+    if not settings.master_keys:
+        raise ConfigurationError(
+            f"--production needs a master key: set {PREFIX}KEY_FILE or {PREFIX}KEY. "
+            "Make one with: python3 -c 'import secrets; print(secrets.token_urlsafe(48))'"
+        )
+    if any(len(key) < MIN_PRODUCTION_KEY for key in settings.master_keys):
+        raise ConfigurationError(
+            f"--production needs master keys of at least {MIN_PRODUCTION_KEY} characters."
+        )
+
+
+def _convert(variable: str, name: str, text: str) -> object:
+    kind = type(getattr(Settings(), name))
+    try:
+        if kind in (int, float):
+            number = kind(text)
+            if number < 0:
+                raise ValueError
+            return number
+        return Path(text) if issubclass(kind, Path) else text
+    except ValueError:
+        raise ConfigurationError(f"{variable}={text!r} is not a number of 0 or more.") from None

@@ -1,0 +1,90 @@
+"""What use cases take and give back."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from . import errors, names, times
+from .access import FULL
+from .events import Receipt
+from .keyring import Plaintext
+from .records import ApiKey, Metadata, SecretRecord
+
+
+class Revealed(NamedTuple):
+    """A value with its metadata, and the receipt of this read."""
+
+    metadata: Metadata
+    value: Plaintext
+    receipt: Receipt
+
+
+class Written(NamedTuple):
+    """The metadata after a create (`created`) or an update, and the receipt of it."""
+
+    metadata: Metadata
+    created: bool
+    receipt: Receipt
+
+
+class IssuedKey(NamedTuple):
+    """A new API key. `raw` is told this once and kept nowhere."""
+
+    key: ApiKey
+    raw: Plaintext
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a secret is to become. `expires_at` is RFC 3339 with a zone."""
+
+    name: str
+    value: Plaintext
+    description: str = ""
+    category: str = "other"
+    expires_at: str | None = None
+
+    def check(self) -> float | None:
+        """Returns the expiry in seconds since the epoch.
+
+        Raises:
+            InvalidInput: names the field.
+        """
+        names.check_new_name(self.name)
+        size = len(self.value.reveal().encode("utf-8", "surrogatepass"))
+        if size > names.MAX_VALUE_BYTES:
+            raise errors.InvalidInput("value", f"has {size} bytes, at most 65536 are allowed")
+        if len(self.description) > names.MAX_DESCRIPTION:
+            raise errors.InvalidInput("description", "must have at most 1024 characters")
+        if self.category not in names.CATEGORIES:
+            raise errors.InvalidInput("category", f"must be one of {', '.join(names.CATEGORIES)}")
+        return None if self.expires_at is None else times.parse(self.expires_at, "expires_at")
+
+
+@dataclass(frozen=True, slots=True)
+class Precondition:
+    """What a conditional write asks for: absence, or one of some entity tags (`*`: any)."""
+
+    absent: bool = False
+    etags: tuple[str, ...] = ()
+
+    def check(self, name: str, current: SecretRecord | None) -> None:
+        """Raises:
+        PreconditionFailed: the secret is not as asked for.
+        """
+        etag = None if current is None else current.metadata.etag
+        met = etag is None if self.absent else etag is not None
+        if met and not self.absent and "*" not in self.etags:
+            met = etag in self.etags
+        if not met:
+            raise errors.PreconditionFailed(name, etag)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDraft:
+    """What an API key is to be. `expires_at` is RFC 3339 with a zone."""
+
+    name: str
+    scopes: tuple[str, ...] = (FULL,)
+    allow: tuple[str, ...] = ()
+    expires_at: str | None = None

@@ -1,0 +1,1 @@
+"""Projections in SQLite: views derived from events and metadata, never the truth."""

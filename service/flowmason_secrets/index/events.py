@@ -1,0 +1,232 @@
+"""Indexing events: from the lines of the log to rows and postings."""
+
+import sqlite3
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import orjson
+
+from ..core.errors import LogDamaged
+from ..core.events import Line, is_change
+from ..core.ports import Chunk, Tail
+from .database import Damaged, transaction
+from .listing import Changed, note
+from .postings import seal
+from .terms import ACTION, ACTOR, NAME, ORG, SUCCESS, TYPE, Terms
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+# seq, segment, offset, time in microseconds, and the terms: organisation, resource type, action,
+# success, name, actor.
+Row = tuple[int, int, int, int, int, int, int, int, int, int]
+
+
+class State(NamedTuple):
+    """How far the index is: `position` events, of which the first `sealed` have postings.
+
+    What changed before `filled` was in the metadata when the listing was filled. `segment`,
+    `offset` and `event` are the place and the id of the last event.
+    """
+
+    position: int
+    sealed: int
+    filled: int
+    block: int
+    segment: int
+    offset: int
+    event: str
+
+
+def state(connection: sqlite3.Connection) -> State:
+    """Raises:
+    Damaged: there is none, or one that can't be.
+    """
+    row = connection.execute(
+        'select position, sealed, filled, block, segment, "offset", event from state where id = 1'
+    ).fetchone()
+    if row is None:
+        raise Damaged("its state is missing")
+    found = State(*row)
+    # SQLite may hand out any type if the file is damaged.
+    if any(type(value) is not int for value in found[:-1]):
+        raise Damaged("its state is not made of numbers")
+    if not 0 <= found.sealed <= found.position < found.sealed + found.block:
+        raise Damaged("its state contradicts itself")
+    return found
+
+
+def verify(connection: sqlite3.Connection, tail: Tail) -> None:
+    """Raises:
+    Damaged: the last event that was indexed is not where the log has it.
+    """
+    known = state(connection)
+    if known.position:
+        line = fetch(tail, known.position - 1, known.segment, known.offset)
+        if line["id"] != known.event:
+            raise Damaged("it belongs to another log")
+
+
+def fetch(tail: Tail, seq: int, segment: int, offset: int) -> Line:
+    """Raises:
+    Damaged: the log has no such event there; its segment may have been archived.
+    """
+    try:
+        line: Line = orjson.loads(tail.line(segment, offset))
+        if line["seq"] == seq:
+            return line
+    # OverflowError: a place that no file can have.
+    except (FileNotFoundError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise Damaged(f"event {seq} is not where it should be: {type(error).__name__}") from error
+    raise Damaged(f"event {seq} is not where it should be")
+
+
+def extend(terms: Terms, connection: sqlite3.Connection, tail: Tail, stop: int, most: int) -> int:
+    """Index at most `most` events below `stop` in one transaction; return the new position.
+
+    What another process indexed meanwhile is not indexed again.
+
+    Raises:
+        LogDamaged: the log does not hold the events it should.
+    """
+    try:
+        with transaction(connection, "immediate"):
+            known = state(connection)
+            if known.position < stop:
+                return _extend(terms, connection, tail, known, (stop, most))
+            return known.position
+    except BaseException:
+        terms.forget()
+        raise
+
+
+def _extend(
+    terms: Terms,
+    connection: sqlite3.Connection,
+    tail: Tail,
+    known: State,
+    bounds: tuple[int, int],
+) -> int:
+    rows: list[Row] = []
+    changed: set[Changed] = set()
+    batch = _batch(tail, known, *bounds)
+    try:
+        last = _read(batch, terms, known.filled, rows, changed)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LogDamaged(
+            f"What follows event {known.position + len(rows) - 1} of the log is not an event."
+        ) from error
+    if last is None:
+        raise LogDamaged(f"The log ends before event {known.position}, which was acknowledged.")
+    connection.executemany("insert into event values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    for change in changed:
+        note(connection, tail, change)
+    position = rows[-1][0] + 1
+    sealed = _seal(connection, known, position, rows)
+    connection.execute(
+        'update state set position = ?, sealed = ?, segment = ?, "offset" = ?, event = ?',
+        (position, sealed, rows[-1][1], rows[-1][2], last["id"]),
+    )
+    return position
+
+
+def _batch(tail: Tail, known: State, stop: int, most: int) -> Iterator[Chunk]:
+    """The next lines: not over the end of a block, which is sealed as soon as it is whole."""
+    start, end = known.position, 0
+    for chunk in tail.chunks(start, stop):
+        if not end:
+            # The log begins later than the index ends if segments were archived in between.
+            start = max(start, chunk.first)
+            end = min(start + most, start - start % known.block + known.block, stop)
+        if chunk.first != start:
+            raise LogDamaged(f"Event {start} is missing from the log.")
+        lines = chunk.data.count(b"\n")
+        yield chunk if start + lines <= end else _head(chunk, end - start)
+        start += lines
+        if start >= end:
+            return
+
+
+def _head(chunk: Chunk, lines: int) -> Chunk:
+    data = b"\n".join(chunk.data.split(b"\n", lines)[:lines]) + b"\n"
+    return chunk._replace(data=data)
+
+
+def _read(
+    batch: Iterator[Chunk], terms: Terms, filled: int, rows: list[Row], changed: set[Changed]
+) -> Line | None:
+    """Add the events to `rows` and the changes of secrets to `changed`; return the last event."""
+    line: Line | None = None
+    second, base = "", 0
+    code = terms.code
+    orgs: dict[str | None, int] = {}
+    kinds: dict[tuple[str, str, str], tuple[int, int, int]] = {}
+    for chunk in batch:
+        seq, segment, offset = chunk.first, chunk.segment, chunk.offset
+        for raw in chunk.data.split(b"\n")[:-1]:
+            line = _decode(raw, seq)
+            time = line["time"]
+            if len(time) == 27 and time[:19] == second and time[26] == "Z":
+                micros = base + int(time[20:26])
+            else:
+                micros = _micros(time)
+                second, base = time[:19], micros - micros % 1_000_000
+            kind = (line["resource_type"], line["action"], line["outcome"])
+            coded = kinds.get(kind)
+            if coded is None:
+                coded = kinds[kind] = _kind(terms, kind)
+            org = orgs.get(line["org_id"])
+            if org is None:
+                org = orgs[line["org_id"]] = code(ORG, 0, line["org_id"])
+            name, actor = code(NAME, org, line["name"]), code(ACTOR, 0, line["actor"])
+            rows.append((seq, segment, offset, micros, org, *coded, name, actor))
+            if seq >= filled and kind[0] == "secret" and is_change(line):
+                changed.add((line["org_id"] or "", line["resource_id"], line["name"]))
+            seq += 1
+            offset += len(raw) + 1
+    return line
+
+
+def _kind(terms: Terms, kind: tuple[str, str, str]) -> tuple[int, int, int]:
+    resource_type, action, outcome = kind
+    return (
+        terms.code(TYPE, 0, resource_type),
+        terms.code(ACTION, 0, action),
+        terms.code(SUCCESS, 0, str(outcome == "success")),
+    )
+
+
+def _decode(raw: bytes, seq: int) -> Line:
+    line: Line = orjson.loads(raw)
+    if line["seq"] == seq:
+        return line
+    raise LogDamaged(f"Line {seq} of the log says that it is event {line['seq']}.")
+
+
+def _micros(time: str) -> int:
+    return (datetime.fromisoformat(time) - _EPOCH) // _MICROSECOND
+
+
+def _seal(connection: sqlite3.Connection, known: State, position: int, rows: list[Row]) -> int:
+    """Write the postings of the blocks that are whole; return how many events have theirs."""
+    block, sealed = known.block, known.sealed
+    while sealed + block <= position:
+        in_hand = len(rows) == block and rows[0][0] == sealed
+        whole = rows if in_hand else _stored(connection, sealed, sealed + block)
+        if whole:
+            number = sealed // block
+            events = ((row[0], *row[4:]) for row in whole)
+            connection.executemany("insert into posting values (?, ?)", seal(events, number, block))
+            times = [row[3] for row in whole]
+            connection.execute(
+                "insert into block values (?, ?, ?)", (number, min(times), max(times))
+            )
+        sealed += block
+    return sealed
+
+
+def _stored(connection: sqlite3.Connection, low: int, high: int) -> list[Any]:
+    return connection.execute(
+        "select * from event where seq >= ? and seq < ?", (low, high)
+    ).fetchall()

@@ -1,0 +1,201 @@
+"""The index: one database, one worker thread, and a task that follows the log."""
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import aiofiles.os
+
+from ..core.events import Line
+from ..core.names import org_hash
+from ..core.ports import AuditQuery, ListQuery, Tail
+from ..core.records import Metadata
+from . import audit, events, listing
+from .database import Damaged, Database, is_damage, transaction
+from .terms import Terms
+
+_LOG = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+# Steps of the background, each some ten milliseconds long: a query waits for at most one.
+_EVENTS = 2048
+_SECRETS = 128
+
+# How many secrets a listing looks at before other queries get their turn.
+_SCAN = 2048
+
+# The background works for at most so long without a pause, pauses at least nine times as long as
+# it worked, and for a while after an error. Seconds.
+_WORK = 0.05
+_PAUSE = 0.5
+_REST = 9
+_AFTER_ERROR = 5.0
+
+
+class _Open(NamedTuple):
+    connection: sqlite3.Connection
+    terms: Terms
+
+
+class SqliteIndex:
+    """The projections in a SQLite file, which several processes may share, or in ":memory:".
+
+    `position` says how many events of the log are committed and published. `remove` deletes a
+    file. A file that is gone, damaged or of another log is replaced, and a warning is logged.
+    `block` is a multiple of 8, at most 65,536: how many events have their postings together.
+    """
+
+    def __init__(
+        self,
+        tail: Tail,
+        path: Path | str,
+        position: Callable[[], int],
+        remove: Callable[[Path], None],
+        block: int = 16384,
+    ) -> None:
+        self._tail = tail
+        self._position = position
+        self._block = block
+        self._database = Database(path, remove, block, self._first_fill)
+        self._opened: _Open | None = None
+        # One thread, because SQLite's work is serial anyway and its connection belongs to it.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="index")
+        self._follower: asyncio.Task[None] | None = None
+        self._closing = False
+
+    async def audit(self, query: AuditQuery, position: int) -> list[Line]:
+        """Matching events among the first `position` ones, newest first.
+
+        Raises:
+            LogDamaged: the log does not hold `position` events.
+        """
+
+        def search(opened: _Open) -> list[Line]:
+            self._catch_up(opened, position)
+            with transaction(opened.connection, "deferred"):
+                return audit.search(opened.terms, opened.connection, self._tail, query, position)
+
+        return await self._hop(search)
+
+    async def listing(self, query: ListQuery, position: int) -> list[Metadata]:
+        """Matching secrets sorted by name, as they were after `position` events or later.
+
+        Raises:
+            LogDamaged: the log does not hold `position` events.
+        """
+        found: list[Metadata] = []
+        after: str | None = query.after
+        while len(found) < query.limit:
+            rest = query._replace(after=after, limit=query.limit - len(found))
+            part, after = await self._hop(partial(self._page, query=rest, position=position))
+            found += part
+            if after is None:
+                break
+        return found
+
+    def start(self) -> None:
+        """Follow the log in the background."""
+        if self._follower is None:
+            self._follower = asyncio.get_running_loop().create_task(self._follow())
+
+    async def close(self) -> None:
+        """Stop following, and close the database. Nothing is lost: all of it is derived."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._follower is not None:
+            self._follower.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._follower
+        await self._run(self._database.close)
+        self._executor.shutdown(wait=False)
+
+    async def _follow(self) -> None:
+        while True:
+            worked = 0.0
+            try:
+                more = True
+                while more and worked < _WORK:
+                    more, took = await self._hop(self._advance)
+                    worked += took
+                pause = max(_PAUSE, _REST * worked)
+            except Exception:
+                _LOG.exception("The index can't follow the log; trying again.")
+                pause = _AFTER_ERROR
+            await asyncio.sleep(pause)
+
+    def _advance(self, opened: _Open) -> tuple[bool, float]:
+        """One small step; whether there is more to do, and how many seconds it took."""
+        began = time.perf_counter()
+        stop = self._position()
+        if events.state(opened.connection).position < stop:
+            self._extend(opened, stop, _EVENTS)
+            more = True
+        else:
+            more = listing.load(opened.connection, self._tail, None, _SECRETS)
+        return more, time.perf_counter() - began
+
+    def _page(
+        self, opened: _Open, query: ListQuery, position: int
+    ) -> tuple[list[Metadata], str | None]:
+        self._catch_up(opened, position)
+        org = org_hash(query.org_id)
+        while listing.load(opened.connection, self._tail, org, _SECRETS):
+            self._check_open()
+        with transaction(opened.connection, "deferred"):
+            return listing.page(opened.connection, query, _SCAN)
+
+    def _catch_up(self, opened: _Open, position: int) -> None:
+        while events.state(opened.connection).position < position:
+            self._check_open()
+            self._extend(opened, position, self._block)
+
+    def _extend(self, opened: _Open, stop: int, most: int) -> None:
+        events.extend(opened.terms, opened.connection, self._tail, stop, most)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise RuntimeError("the index is being closed")
+
+    def _first_fill(self, connection: sqlite3.Connection) -> None:
+        listing.fill(connection, self._tail, self._position())
+
+    async def _hop(self, work: Callable[[_Open], _Result]) -> _Result:
+        return await self._run(lambda: self._guarded(work))
+
+    async def _run(self, work: Callable[[], _Result]) -> _Result:
+        return await aiofiles.os.wrap(work)(executor=self._executor)
+
+    def _guarded(self, work: Callable[[_Open], _Result]) -> _Result:
+        """Do it, and if the database turns out to be damaged, replace that and do it once more."""
+        try:
+            return work(self._open())
+        except Damaged as damage:
+            reason = str(damage)
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            reason = str(error)
+        self._opened = None
+        self._database.discard(reason)
+        return work(self._open())
+
+    def _open(self) -> _Open:
+        connection = self._database.current
+        if connection is None or self._opened is None:
+            self._check_open()
+            connection = self._database.open()
+            self._opened = _Open(connection, Terms(connection))
+            events.verify(connection, self._tail)
+        elif events.state(connection).position > self._position():
+            # Another process may know more of the log; or the log was replaced by a shorter one.
+            events.verify(connection, self._tail)
+        return self._opened

@@ -1,0 +1,104 @@
+"""Terms: the strings that audit queries ask for, as small integers. Only what is known is kept."""
+
+import sqlite3
+from collections.abc import Callable
+
+from ..core.access import Principal
+from .database import Damaged
+
+ORG, TYPE, ACTION, SUCCESS, ACTOR, NAME = range(6)
+
+# Bounded: names come from callers.
+_MAX_CACHED = 200_000
+_MAX_ALLOWED = 16
+
+
+def matcher(allow: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether a name is allowed, by the same rule as everywhere else."""
+    return Principal("", "", "", frozenset(), allow=allow).may_name
+
+
+class Terms:
+    """The dictionary of one open database. Ids begin at 1; 0 stands for "no value"."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._known: dict[tuple[int, int, str], int] = {}
+        # For an organisation and its patterns: the names that match among the terms up to an id.
+        self._allowed: dict[tuple[int | None, tuple[str, ...]], tuple[int, set[int]]] = {}
+
+    def forget(self) -> None:
+        """Ids that were given in a transaction that did not commit are void."""
+        self._known.clear()
+
+    def code(self, field: int, scope: int, value: str | None) -> int:
+        """The id of a term, new if need be. `scope` is the organisation's id for names, else 0."""
+        if value is None:
+            return 0
+        known = self._known.get((field, scope, value))
+        if known is not None:
+            return known
+        term = self.find(field, scope, value)
+        if term is None:
+            cursor = self._connection.execute(
+                "insert into term (field, scope, value) values (?, ?, ?)",
+                (field, scope, value.encode()),
+            )
+            term = cursor.lastrowid or 0
+        if len(self._known) >= _MAX_CACHED:
+            self._known.clear()
+        self._known[field, scope, value] = term
+        return term
+
+    def find(self, field: int, scope: int, value: str) -> int | None:
+        """The id of a term, or None if no event has it."""
+        row = self._connection.execute(
+            "select id from term where value = ? and field = ? and scope = ?",
+            (_storable(value), field, scope),
+        ).fetchone()
+        return None if row is None else int(row[0])
+
+    def names(self, name: str) -> set[int]:
+        """The ids of a name in all organisations."""
+        rows = self._connection.execute(
+            "select id from term where value = ? and field = ?", (_storable(name), NAME)
+        )
+        return {term for (term,) in rows}
+
+    def allowed(self, org: int | None, allow: tuple[str, ...]) -> set[int]:
+        """The ids of an organisation's names (None: of all) that match one of the patterns.
+
+        Raises:
+            Damaged: a term is not text.
+        """
+        last, ids = self._allowed.pop((org, allow), (0, set()))
+        may_name = matcher(allow)
+        for term, value in self._since(org, last):
+            last = max(last, term)
+            if may_name(_text(value)):
+                ids.add(term)
+        if len(self._allowed) >= _MAX_ALLOWED:
+            del self._allowed[next(iter(self._allowed))]
+        self._allowed[org, allow] = last, ids
+        return ids
+
+    def _since(self, org: int | None, last: int) -> sqlite3.Cursor:
+        if org is None:
+            return self._connection.execute(
+                "select id, value from term where field = 5 and id > ?", (last,)
+            )
+        return self._connection.execute(
+            "select id, value from term where field = 5 and scope = ? and id > ?", (org, last)
+        )
+
+
+def _storable(value: str) -> bytes:
+    # What has no UTF-8 form is in no line, and is made into bytes that no line yields.
+    return value.encode("utf-8", "surrogatepass")
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except (AttributeError, UnicodeDecodeError) as error:
+        raise Damaged("a term is not text") from error

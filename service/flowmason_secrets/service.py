@@ -1,0 +1,311 @@
+"""The use cases: authorise → read state → intent → gate → reply."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+from .attempts import Attempt, Path, secret_resource
+from .authentication import Authentication, Failures
+from .core import access, errors, names, times
+from .core.access import ANY, FULL, READ, Caller
+from .core.drafts import Draft, Precondition, Revealed, Written
+from .core.errors import SecretsError
+from .core.events import Event, Line, Receipt
+from .core.intents import Intent
+from .core.keyring import KeyNotHeld, Keyring, NotAuthentic, Plaintext
+from .core.ports import AuditQuery, Index, ListQuery, Sources, Store
+from .core.records import (
+    DropSecret,
+    Metadata,
+    PutSecret,
+    Ref,
+    SecretRecord,
+)
+from .gate import QUEUE_LIMIT, Gate
+from .keys import ApiKeys
+
+T = TypeVar("T")
+
+_FULL = frozenset({FULL})
+_FULL_OR_READ = frozenset({FULL, READ})
+
+
+class Service:
+    """All that can be done with secrets and API keys. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        index: Index,
+        keyring: Keyring,
+        sources: Sources,
+        queue_limit: int = QUEUE_LIMIT,
+    ) -> None:
+        self._store = store
+        self._index = index
+        self._keyring = keyring
+        self._clock, self._new_id = sources
+        self.gate = Gate(store, queue_limit)
+        self.authentication = Authentication(store, sources.clock)
+        self.failures = Failures(self.gate, sources.new_id)
+        self._path = Path(store, self.gate, self.authentication, sources.new_id)
+        self.keys = ApiKeys(store, self._path, sources.clock)
+        self._locks: WeakValueDictionary[Ref, asyncio.Lock] = WeakValueDictionary()
+        self._derivation = asyncio.Lock()
+
+    async def get(self, caller: Caller, name: str) -> Revealed:
+        """Return the current value and the receipt of this read.
+
+        The read is durable in the event log before this returns.
+
+        Raises:
+            SecretNotFound, SecretExpired, Denied: recorded in the log as well.
+            DecryptionFailed: the secret is under a key that this process does not hold; recorded.
+            SecretDamaged: its files are incomplete; recorded.
+            LogUnavailable: the event could not be written, so the value was not revealed.
+        """
+
+        async def step(attempt: Attempt) -> tuple[Metadata, Plaintext]:
+            _permit(attempt.caller, name)
+            record = await self._read(attempt, name)
+            return record.metadata, await self._decrypt(attempt, record)
+
+        (metadata, value), receipt = await self._path.perform(caller, "secret.read", name, step)
+        return Revealed(metadata, value, receipt)
+
+    async def set(
+        self, caller: Caller, draft: Draft, precondition: Precondition | None = None
+    ) -> Written:
+        """Create the secret, or replace all of it but its creation.
+
+        Raises:
+            InvalidInput: nothing was recorded.
+            Denied, PreconditionFailed: recorded; nothing was changed.
+            LogUnavailable: not acknowledged: it happened whole or not at all.
+        """
+        expiry = draft.check()
+        name = draft.name
+
+        async def step(attempt: Attempt) -> tuple[Metadata, bool]:
+            _permit(attempt.caller, name)
+            current = await self._find(attempt, name)
+            if precondition is not None:
+                precondition.check(name, current)
+            metadata = self._next(attempt.caller, draft, expiry, current)
+            org_id = attempt.caller.principal.org_id
+            await self._derive(org_id, metadata.key_id)
+            token = self._keyring.encrypt(org_id, draft.value)
+            attempt.change = PutSecret(org_id, metadata, token)
+            attempt.version = metadata.version
+            attempt.details = {"kind": "create" if current is None else "update"}
+            attempt.details["category"] = metadata.category
+            return metadata, current is None
+
+        async with self._lock(caller, name):
+            (metadata, created), receipt = await self._path.perform(
+                caller, "secret.create", name, step
+            )
+        return Written(metadata, created, receipt)
+
+    async def delete(
+        self, caller: Caller, name: str, precondition: Precondition | None = None
+    ) -> Receipt:
+        """Delete a secret, also an expired, a damaged or an undecryptable one.
+
+        Raises:
+            SecretNotFound, Denied, PreconditionFailed: recorded in the log as well.
+            LogUnavailable: not acknowledged: it happened whole or not at all.
+        """
+
+        async def step(attempt: Attempt) -> None:
+            _permit(attempt.caller, name)
+            record = await self._find(attempt, name)
+            if precondition is not None:
+                precondition.check(name, record)
+            if record is None:
+                raise errors.SecretNotFound(name)
+            attempt.version = record.metadata.version
+            attempt.change = DropSecret(attempt.caller.principal.org_id, name)
+
+        async with self._lock(caller, name):
+            _, receipt = await self._path.perform(caller, "secret.delete", name, step)
+        return receipt
+
+    async def metadata(self, caller: Caller, name: str) -> Metadata:
+        """Return what is known of a secret but its value. No event, unless it is refused.
+
+        Raises:
+            SecretNotFound, SecretDamaged, Denied: recorded in the log.
+        """
+        names.check_any_name(name)
+        while True:
+            attempt = Attempt(caller, secret_resource(caller, name))
+            try:
+                _permit(caller, name, ANY)
+                record = await self._read(attempt, name)
+                if record.metadata.version == 0:
+                    raise errors.SecretDamaged(name, record.damage or "unreadable metadata")
+            except SecretsError as refusal:
+                if await self._path.refuse(attempt, "secret.metadata", refusal):
+                    raise
+            else:
+                if await self.gate.is_current(Intent(None, attempt.depends)):
+                    return record.metadata
+            caller = await self._path.renew(caller, name)
+
+    async def listing(self, caller: Caller, query: ListQuery) -> AsyncIterator[list[Metadata]]:
+        """Metadata sorted by name, in pages of at most 1,000 until `query.limit` are there.
+
+        Raises:
+            LogUnavailable: not even the state of the log can be read.
+        """
+        position = await self._path.barrier(caller)
+        left = query.limit
+        while left > 0:
+            page = query._replace(limit=min(left, 1000), allow=caller.principal.allow)
+            found = await self._index.listing(page, position)
+            yield found
+            if len(found) < page.limit:
+                return
+            left -= len(found)
+            query = query._replace(after=found[-1].name)
+
+    async def audit(self, caller: Caller, query: AuditQuery) -> list[Line]:
+        """Matching events of the caller's organisation, newest first; all that had happened before
+        this was called are taken into account.
+
+        Raises:
+            Denied: recorded in the log.
+        """
+        position = await self._path.permit(
+            caller, "audit.read", "audit_log", lambda who: who.require(_FULL_OR_READ)
+        )
+        return await self._index.audit(query._replace(allow=caller.principal.allow), position)
+
+    async def whoami(self, caller: Caller) -> access.Principal:
+        """The principal, whose API key is live at this moment.
+
+        Raises:
+            Unauthenticated: it was revoked in the meantime.
+        """
+        await self._path.barrier(caller)
+        return caller.principal
+
+    async def recover(self) -> None:
+        """Catch up with the log, publishing what a crash left unpublished.
+
+        Raises:
+            LogUnavailable, LogDamaged: the data directory can't be used.
+        """
+        await self.gate.is_current(Intent(None, ()))
+
+    def start(self) -> None:
+        """Let the projections follow the log in the background."""
+        self._index.start()
+
+    async def ready(self) -> str | None:
+        """Why values can't be served now, or None. After a failure it tries the log again."""
+        try:
+            if self.gate.unavailable is None:
+                await self.gate.is_current(Intent(None, ()))
+            else:
+                resumed = Event(self._new_id(), "log.resume", "success", None, "log", None)
+                await self.gate.commit(Intent(resumed, ()))
+        except SecretsError as error:
+            return str(error)
+        return None
+
+    async def close(self) -> None:
+        """Finish what is under way and release everything."""
+        try:
+            await self.failures.close()
+        finally:
+            await self.gate.drain()
+            await self._index.close()
+            await self._store.close()
+
+    async def _find(self, attempt: Attempt, name: str) -> SecretRecord | None:
+        """The stored secret; the attempt depends on it from now on, or on its absence."""
+        org_id = attempt.caller.principal.org_id
+        as_of = self._store.position
+        record = self._store.peek(org_id, name) or await self._store.load(org_id, name)
+        if record is not None:
+            as_of = record.as_of
+            attempt.version = record.metadata.version
+        attempt.depends += (((org_id, names.secret_id(org_id, name)), as_of),)
+        return record
+
+    async def _read(self, attempt: Attempt, name: str) -> SecretRecord:
+        """Raises:
+        SecretNotFound: there is none.
+        """
+        record: SecretRecord | None
+        if self._store.peek(attempt.caller.principal.org_id, name) is not None:
+            record = await self._find(attempt, name)
+        else:
+            # Many may ask for a secret that is not at hand: one of them reads it.
+            async with self._lock(attempt.caller, name):
+                record = await self._find(attempt, name)
+        if record is None:
+            raise errors.SecretNotFound(name)
+        return record
+
+    async def _decrypt(self, attempt: Attempt, record: SecretRecord) -> Plaintext:
+        """Raises:
+        SecretExpired, SecretDamaged, DecryptionFailed: and no value.
+        """
+        metadata, token, _, damage = record
+        if metadata.is_expired(self._clock()):
+            raise errors.SecretExpired(metadata.name, metadata.expires_at or "")
+        if damage is not None:
+            raise errors.SecretDamaged(metadata.name, damage)
+        org_id, key_id = attempt.caller.principal.org_id, metadata.key_id
+        if not self._keyring.derived(org_id, key_id):
+            await self._derive(org_id, key_id)
+        try:
+            return self._keyring.decrypt(org_id, key_id, token)
+        except (KeyNotHeld, NotAuthentic):
+            held = self._keyring.held
+            raise errors.DecryptionFailed(metadata.name, key_id, held) from None
+
+    async def _derive(self, org_id: str, key_id: str) -> None:
+        """Once per organisation, and never on the event loop: it takes tens of milliseconds."""
+        async with self._derivation:
+            if not self._keyring.derived(org_id, key_id):
+                await asyncio.to_thread(self._keyring.derive, org_id, key_id)
+
+    def _next(
+        self, caller: Caller, draft: Draft, expiry: float | None, current: SecretRecord | None
+    ) -> Metadata:
+        now = times.render(self._clock())
+        before = None if current is None else current.metadata
+        known = before is not None and before.version > 0
+        return Metadata(
+            id=names.secret_id(caller.principal.org_id, draft.name),
+            name=draft.name,
+            description=draft.description,
+            category=draft.category,
+            created_at=before.created_at if before is not None and known else now,
+            updated_at=now,
+            created_by=before.created_by
+            if before is not None and known
+            else caller.principal.actor,
+            expires_at=None if expiry is None else times.render(expiry),
+            version=1 if before is None else before.version + 1,
+            revision=self._new_id(),
+            key_id=self._keyring.active,
+            expiry=expiry,
+        )
+
+    def _lock(self, caller: Caller, name: str) -> asyncio.Lock:
+        ref = (caller.principal.org_id, name)
+        lock = self._locks.get(ref)
+        if lock is None:
+            lock = self._locks[ref] = asyncio.Lock()
+        return lock
+
+
+def _permit(caller: Caller, name: str, scopes: frozenset[str] = _FULL) -> None:
+    caller.principal.require(scopes)
+    caller.principal.require_name(name)

@@ -1,0 +1,1 @@
+"""What holds secrets and events."""

@@ -1,0 +1,106 @@
+"""The only place that writes, syncs, renames or unlinks: faults are injected here and nowhere else.
+
+Blocking: called in worker threads only.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+PRIVATE_DIR = 0o700
+PRIVATE_FILE = 0o600
+SHARED_FILE = 0o640
+
+# macOS has no fdatasync.
+_sync_data = getattr(os, "fdatasync", os.fsync)
+
+
+class ShortWrite(OSError):
+    """The system took only a part of what was to be written."""
+
+
+class Durable:
+    """Steps on the file system. Each one either happened whole or raised OSError.
+
+    A `write` that raised may have left a part of its bytes behind.
+    """
+
+    def make_directory(self, path: Path, mode: int = PRIVATE_DIR) -> None:
+        """Create a directory with its parents if it is not there; its own mode is `mode`."""
+        if path.is_dir():
+            return
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        path.chmod(mode)
+
+    def open_append(self, path: Path, mode: int) -> int:
+        """A descriptor that appends to `path`; a file it creates has exactly `mode`."""
+        return self._open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, mode)
+
+    def open_existing(self, path: Path) -> int:
+        """A descriptor that appends to a file that must be there."""
+        return os.open(path, os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC)
+
+    def open_slot(self, path: Path) -> int:
+        """A descriptor for `put_slot` and for locking."""
+        return self._open(path, os.O_CREAT | os.O_RDWR, PRIVATE_FILE)
+
+    def write(self, descriptor: int, data: bytes) -> None:
+        """One `write()` of everything.
+
+        Raises:
+            ShortWrite: only a part was taken.
+        """
+        written = os.write(descriptor, data)
+        if written != len(data):
+            raise ShortWrite(f"wrote {written} of {len(data)} bytes")
+
+    def put_slot(self, descriptor: int, data: bytes) -> None:
+        """Overwrite the first bytes of a file that holds nothing but them."""
+        written = os.pwrite(descriptor, data, 0)
+        if written != len(data):
+            raise ShortWrite(f"wrote {written} of {len(data)} bytes")
+
+    def sync(self, descriptor: int) -> None:
+        """Return when what was written to the file is on stable storage."""
+        _sync_data(descriptor)
+
+    def sync_path(self, path: Path) -> None:
+        """Like `sync`, of a file or the names in a directory; one that is gone needs no sync."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def create(self, path: Path, data: bytes, mode: int, *, sync: bool) -> None:
+        """Write a new file. If it can't be written whole, nothing is left of it."""
+        descriptor = self._open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+        try:
+            try:
+                self.write(descriptor, data)
+                if sync:
+                    self.sync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file its name, in place of what had that name before."""
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name; one that is gone already is fine."""
+        path.unlink(missing_ok=True)
+
+    def _open(self, path: Path, flags: int, mode: int) -> int:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
+        if os.fstat(descriptor).st_size == 0:
+            # The umask may have taken bits from the mode, or nobody has set it yet.
+            os.fchmod(descriptor, mode)
+        return descriptor

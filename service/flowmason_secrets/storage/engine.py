@@ -1,0 +1,268 @@
+"""The commit of the files store: lock, catch up, admit, stage, append, publish, unlock.
+
+Everything here blocks, and runs in the one commit thread of its store.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from ..core.errors import LogUnavailable
+from ..core.events import Event, Line, Receipt, is_change
+from ..core.intents import Changes, Intent, admit
+from ..core.ports import STALE, Sources, Verdict
+from ..core.records import Change, PutSecret, Ref, SecretRecord
+from .cache import CiphertextCache
+from .durable import Durable
+from .eventlog import EventLog, SegmentLimits
+from .published import Layout, Published
+from .staging import Journal, Leftovers
+
+# A journal is settled when it has grown this large, in bytes.
+JOURNAL_LIMIT = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What an engine works with."""
+
+    layout: Layout
+    durable: Durable
+    published: Published
+    cache: CiphertextCache
+    sources: Sources
+    limits: SegmentLimits
+
+
+class Engine:
+    """One process's hand on a data directory.
+
+    After an OSError nothing in memory is trusted: `commit` opens the directory anew, which is
+    the same recovery as after a crash.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self._env = environment
+        self._log: EventLog | None = None
+        self._lock: int | None = None
+        self._changes = Changes(0)
+        self._journal: Journal | None = None
+        # Whether the log may hold lines of others that nobody has synced.
+        self._foreign = False
+        self.position = 0
+
+    @property
+    def staged(self) -> int:
+        """Bytes of changes that are staged and not yet settled."""
+        return 0 if self._journal is None else self._journal.size
+
+    def commit(self, batch: Sequence[Intent]) -> list[Verdict]:
+        """One verdict for each intent; see `Store.commit`."""
+        lock = self._acquire()
+        try:
+            return self._commit(batch, self._caught_up(lock), lock)
+        except OSError as error:
+            self._abandon()
+            raise _unavailable(error) from error
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+    def seal_journal(self) -> Journal | None:
+        """Take the journal out of use, to be settled: in this thread, the settling in any other."""
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
+        return journal
+
+    def close(self) -> None:
+        """Settle and release everything."""
+        journal = self.seal_journal()
+        if journal is not None:
+            journal.settle()
+        self._abandon()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _acquire(self) -> int:
+        try:
+            while True:
+                if self._lock is None:
+                    self._lock = self._open_lock()
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                # Somebody may have removed the file: a lock on it would exclude nobody.
+                if os.fstat(self._lock).st_nlink:
+                    return self._lock
+                os.close(self._lock)
+                self._lock = None
+        except OSError as error:
+            raise _unavailable(error) from error
+
+    def _open_lock(self) -> int:
+        layout, durable = self._env.layout, self._env.durable
+        for directory in (layout.root, layout.events, layout.staged, layout.keys):
+            durable.make_directory(directory)
+        durable.sync_path(layout.root)
+        return durable.open_slot(layout.lock)
+
+    def _caught_up(self, lock: int) -> EventLog:
+        """The log with everything in it that any process has appended, and all of it published."""
+        log = self._log
+        if log is None:
+            return self._open(lock)
+        if log.changed():
+            published = _published_up_to(lock)
+            unpublished = False
+            for line in log.catch_up():
+                if is_change(line):
+                    ref = (line["org_id"] or "", line["resource_id"] or "")
+                    self._changes.record(ref, line["seq"] + 1)
+                    self._env.cache.drop(ref)
+                    unpublished |= line["seq"] >= published
+            self._foreign = True
+            if unpublished:
+                self._recover(log, lock)
+            self.position = log.position
+        return log
+
+    def _open(self, lock: int) -> EventLog:
+        env = self._env
+        log = EventLog(
+            env.layout.events, env.layout.staged, env.durable, env.sources, env.limits
+        )
+        try:
+            log.open()
+            self._recover(log, lock)
+        except BaseException:
+            log.close()
+            raise
+        self._log = log
+        self._foreign = True
+        # Whatever was read before this is read again.
+        self._changes = Changes(log.position)
+        env.cache.clear()
+        self.position = log.position
+        return log
+
+    def _recover(self, log: EventLog, lock: int) -> None:
+        """Publish what is staged and has its event in the log; drop what has not.
+
+        Only the newest change of each resource counts: if that one is not staged any more, it is
+        published and durable, and what is staged of older ones must not come back.
+        """
+        leftovers = Leftovers(self._env.layout.staged, self._env.durable)
+        if leftovers:
+            # Nothing is published whose event could still vanish.
+            log.sync()
+            staged = leftovers.changes()
+            newest: dict[Ref, Line] = {}
+            for line in log.lines(leftovers.position):
+                if is_change(line):
+                    newest[line["org_id"] or "", line["resource_id"] or ""] = line
+            paths: set[Path] = set()
+            for line in newest.values():
+                change = staged.get(line["id"])
+                if change is not None:
+                    paths.update(self._env.published.publish(change))
+            for path in sorted(paths) + sorted({path.parent for path in paths}):
+                self._env.durable.sync_path(path)
+        leftovers.remove()
+        # Too small a number is safe: it makes others recover once more. Without it, metadata
+        # would not be readable on a full disk.
+        with contextlib.suppress(OSError):
+            self._set_published(lock, log.position)
+
+    def _commit(self, batch: Sequence[Intent], log: EventLog, lock: int) -> list[Verdict]:
+        verdicts: list[Verdict] = [None] * len(batch)
+        admission = admit(batch, self._changes, log.position)
+        for index in admission.stale:
+            verdicts[index] = STALE
+        try:
+            if admission.events:
+                self._append(admission.events, batch, verdicts, log, lock)
+            elif self._foreign:
+                # The process that appended these lines may have died before it synced them.
+                log.sync()
+            self._foreign = False
+        except OSError as error:
+            # What needs no event is answered all the same: metadata stay readable.
+            self._abandon()
+            for index, _ in admission.events:
+                verdicts[index] = _unavailable(error)
+        return verdicts
+
+    def _append(
+        self,
+        admitted: Sequence[tuple[int, Event]],
+        batch: Sequence[Intent],
+        verdicts: list[Verdict],
+        log: EventLog,
+        lock: int,
+    ) -> None:
+        changes: list[tuple[str, Change]] = []
+        for index, event in admitted:
+            change = batch[index].change
+            if change is not None:
+                changes.append((event.id, change))
+        if changes:
+            self._stage(changes, log.position)
+        log.append([event for _, event in admitted])
+        if changes:
+            self._publish([change for _, change in changes], log, lock)
+        for seq, (index, event) in enumerate(admitted, log.position - len(admitted)):
+            verdicts[index] = Receipt(seq, event.id)
+        self.position = log.position
+
+    def _stage(self, changes: Sequence[tuple[str, Change]], position: int) -> None:
+        if self._journal is not None and self._journal.orphaned():
+            self._journal.close()
+            self._journal = None
+        if self._journal is None:
+            env = self._env
+            self._journal = Journal(env.layout.staged, env.durable, uuid4().hex, position)
+        self._journal.stage(changes)
+
+    def _publish(self, changes: Sequence[Change], log: EventLog, lock: int) -> None:
+        """Publish in the order of commits: the lock is still held."""
+        env, journal = self._env, self._journal
+        assert journal is not None  # noqa: S101 - _stage has set it
+        try:
+            for change in changes:
+                journal.published.update(env.published.publish(change))
+            self._set_published(lock, log.position)
+        except OSError:
+            # They are committed: recovery publishes them as soon as it can, before anything else.
+            self._abandon()
+            return
+        for change in changes:
+            if isinstance(change, PutSecret):
+                record = SecretRecord(change.metadata, change.token, log.position)
+                env.cache.put((change.org_id, change.metadata.id), record)
+
+    def _set_published(self, lock: int, position: int) -> None:
+        if _published_up_to(lock) != position:
+            self._env.durable.put_slot(lock, position.to_bytes(8, "little"))
+
+    def _abandon(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        self._env.cache.clear()
+
+
+def _unavailable(error: OSError) -> LogUnavailable:
+    return LogUnavailable(error.strerror or str(error) or type(error).__name__)
+
+
+def _published_up_to(lock: int) -> int:
+    return int.from_bytes(os.pread(lock, 8, 0), "little")

@@ -1,0 +1,275 @@
+"""The event log: append-only segments of lines. FORMAT.md §5.
+
+Blocking, and used under the commit lock, except for `read_chunks` and `read_line`.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core import times
+from ..core.errors import LogDamaged
+from ..core.events import Event, Line
+from ..core.ports import Chunk, Sources
+from . import wire
+from .durable import SHARED_FILE, Durable
+
+HEADER_BYTES = 1024
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentLimits:
+    """When a segment is sealed: at a size in bytes, or an age in seconds."""
+
+    size: int = 64 << 20
+    age: float = 86400.0
+
+
+@dataclass(slots=True)
+class _Segment:
+    """The segment that is written to; `end` is where its whole lines end."""
+
+    first: int
+    path: Path
+    descriptor: int
+    end: int = 0
+    born: float = 0.0
+
+
+def segment_name(first: int) -> str:
+    """The file of the segment whose first line has seq `first`. # format §5.2"""
+    return f"audit-{first:012d}.ndjson"
+
+
+def segments(directory: Path) -> list[int]:
+    """The first seqs of all segments there, in order."""
+    names = (name for name in os.listdir(directory) if name.startswith("audit-"))
+    return sorted(int(name[6:-7]) for name in names if name.endswith(".ndjson"))
+
+
+class EventLog:
+    """Appends lines and follows what other processes append; `position` is the next seq.
+
+    After an OSError the object is worth nothing any more: open another one, which re-reads.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        scratch: Path,
+        durable: Durable,
+        sources: Sources,
+        limits: SegmentLimits,
+    ) -> None:
+        self._directory = directory
+        self._scratch = scratch
+        self._durable = durable
+        self._clock, self._new_id = sources
+        self._limits = limits
+        self._segment: _Segment | None = None
+        self._torn = False
+        self._last_time = 0.0
+        self.position = 0
+
+    def open(self) -> None:
+        """Find the end of the log. Only the last segment is read.
+
+        Raises:
+            LogDamaged: the last segment does not begin with the seq in its name.
+        """
+        firsts = segments(self._directory)
+        if firsts:
+            self.position = firsts[-1]
+            self._enter(firsts[-1])
+            for _ in self._chunks():
+                pass
+
+    def close(self) -> None:
+        """Release the descriptor."""
+        if self._segment is not None:
+            os.close(self._segment.descriptor)
+            self._segment = None
+
+    def catch_up(self) -> Iterator[Line]:
+        """The lines that were appended since, by whomever; following into new segments.
+
+        Raises:
+            LogDamaged: a segment does not begin with the seq in its name.
+        """
+        for whole in self._chunks():
+            for raw in whole.splitlines():
+                yield wire.decode_line(raw)
+
+    def append(self, events: Sequence[Event]) -> str:
+        """Number the events, write them as lines and return when they are on stable storage.
+
+        Returns the time they were given. The caller has caught up.
+        """
+        now = max(self._clock(), self._last_time)
+        segment = self._segment
+        if segment is None or self._torn or self._sealed(segment, now):
+            segment = self._roll(now)
+        time = times.render(now)
+        first = self.position
+        data = b"".join(
+            [wire.encode_line(event, first + n, time) for n, event in enumerate(events)]
+        )
+        self._durable.write(segment.descriptor, data)
+        self._durable.sync(segment.descriptor)
+        segment.end += len(data)
+        self.position = first + len(events)
+        self._last_time = now
+        return time
+
+    def sync(self) -> None:
+        """Make what others appended durable: they may have died before they could."""
+        if self._segment is not None:
+            self._durable.sync(self._segment.descriptor)
+
+    def changed(self) -> bool:
+        """Whether `catch_up` has something to do. Cheap: asked once per batch."""
+        segment = self._segment
+        if segment is None or self._torn:
+            return self._exists(self.position)
+        grown = os.fstat(segment.descriptor).st_size != segment.end
+        return grown or self._exists(self.position)
+
+    def lines(self, start: int) -> Iterator[Line]:
+        """All lines from seq `start` on, decoded."""
+        for chunk in read_chunks(self._directory, start, self.position):
+            for data in chunk.data.splitlines():
+                yield wire.decode_line(data)
+
+    def _sealed(self, segment: _Segment, now: float) -> bool:
+        return segment.end >= self._limits.size or now - segment.born >= self._limits.age
+
+    def _exists(self, first: int) -> bool:
+        return (self._directory / segment_name(first)).exists()
+
+    def _enter(self, first: int) -> None:
+        path = self._directory / segment_name(first)
+        descriptor = self._durable.open_existing(path)
+        self.close()
+        self._segment = _Segment(first, path, descriptor)
+        self._torn = False
+
+    def _chunks(self) -> Iterator[bytes]:
+        """Whole valid lines behind the known end, a mebibyte at a time, segment after segment."""
+        while True:
+            if self._segment is not None:
+                yield from self._rest(self._segment)
+            # Its name is the next seq, so nobody needs to tell which segment is the newest one.
+            if not self._exists(self.position):
+                return
+            self._enter(self.position)
+
+    def _rest(self, segment: _Segment) -> Iterator[bytes]:
+        with segment.path.open("rb") as file:
+            file.seek(segment.end)
+            while data := file.read(_CHUNK) + file.readline():
+                valid = self._valid(data)
+                if valid:
+                    self._advance(segment, valid)
+                    yield valid
+                if len(valid) < len(data):
+                    # Left where it is (shippers have read it); the next event opens a new segment.
+                    self._torn = True
+                    break
+        if segment.end == 0:
+            raise LogDamaged(
+                f"{segment.path.name} does not begin with event {segment.first}. "
+                "Compare it with your shipped copy before you go on."
+            )
+
+    def _valid(self, data: bytes) -> bytes:
+        """The lines at the start of `data` that continue the log; what follows them is torn."""
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            last = wire.decode_line(whole[whole.rfind(b"\n", 0, -1) + 1 :])
+            if last["seq"] == self.position + whole.count(b"\n") - 1:
+                return whole
+        except wire.Malformed:
+            pass
+        size = 0
+        for seq, raw in enumerate(whole.splitlines(keepends=True), self.position):
+            try:
+                if wire.decode_line(raw)["seq"] != seq:
+                    break
+            except wire.Malformed:
+                break
+            size += len(raw)
+        return whole[:size]
+
+    def _advance(self, segment: _Segment, valid: bytes) -> None:
+        if segment.end == 0:
+            segment.born = _time(valid[: valid.index(b"\n")])
+        segment.end += len(valid)
+        self.position += valid.count(b"\n")
+        last = valid[valid.rfind(b"\n", 0, -1) + 1 :]
+        self._last_time = max(self._last_time, _time(last))
+
+    def _roll(self, now: float) -> _Segment:
+        """Begin a new segment. It appears with its header line whole and durable, or not at all."""
+        self.sync()
+        first = self.position
+        header = Event(
+            id=self._new_id(),
+            action="log.segment",
+            outcome="success",
+            org_id=None,
+            resource_type="log",
+            resource_id=segment_name(first),
+            details={"previous_checkpoint": None},
+        )
+        data = wire.encode_header(header, first, times.render(now), HEADER_BYTES)
+        draft = self._scratch / f"{header.id}.tmp"
+        self._durable.create(draft, data, SHARED_FILE, sync=True)
+        self._durable.rename(draft, self._directory / segment_name(first))
+        self._durable.sync_path(self._directory)
+        self._enter(first)
+        segment = self._segment
+        assert segment is not None  # noqa: S101 - _enter has just set it
+        segment.end, segment.born = len(data), now
+        self.position = first + 1
+        self._last_time = now
+        return segment
+
+
+def _time(line: bytes) -> float:
+    return times.parse_stored(wire.decode_line(line)["time"])
+
+
+def read_chunks(directory: Path, start: int, stop: int) -> Iterator[Chunk]:
+    """All lines with `start` <= seq < `stop`, in order, in chunks of about a mebibyte."""
+    firsts = segments(directory)
+    for index, first in enumerate(firsts):
+        end = firsts[index + 1] if index + 1 < len(firsts) else stop
+        if end <= start or first >= stop:
+            continue
+        yield from _read_segment(directory, first, start, min(end, stop))
+
+
+def _read_segment(directory: Path, first: int, start: int, stop: int) -> Iterator[Chunk]:
+    seq, offset = first, 0
+    with (directory / segment_name(first)).open("rb") as file:
+        while seq < stop:
+            data = file.read(_CHUNK) + file.readline()
+            if not data:
+                raise LogDamaged(f"{segment_name(first)} ends before event {seq}.")
+            lines = data.splitlines(keepends=True)
+            skip = min(max(start - seq, 0), len(lines))
+            taken = lines[skip : stop - seq]
+            place = offset + sum(map(len, lines[:skip]))
+            if taken:
+                yield Chunk(seq + skip, first, place, b"".join(taken))
+            seq += len(lines)
+            offset += len(data)
+
+
+def read_line(directory: Path, segment: int, offset: int) -> bytes:
+    """The line that begins at `offset` of a segment, without its newline."""
+    with (directory / segment_name(segment)).open("rb") as file:
+        file.seek(offset)
+        return file.readline().rstrip(b"\n")

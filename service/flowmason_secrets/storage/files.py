@@ -1,0 +1,144 @@
+"""The files store: the port over the engine and the published files."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import aiofiles.os
+
+from ..core.intents import Intent
+from ..core.names import secret_id
+from ..core.ports import Chunk, Verdict
+from ..core.records import ApiKey, Metadata, SecretRecord
+from .engine import JOURNAL_LIMIT, Engine, Environment
+from .eventlog import read_chunks, read_line
+from .published import Layout
+from .staging import Journal
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+# Seconds for which changes stay staged, so that a busy secret's files are synced once for many.
+SETTLE_AFTER = 1.0
+
+
+class FilesStore:
+    """A data directory, shared with every other process that opens it. Belongs to one event loop.
+
+    It takes one thread for commits, so that they are in order, and a few for reading.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self._env = environment
+        self._engine = Engine(environment)
+        self._committer = ThreadPoolExecutor(1, "flowmason-commit")
+        self._readers = ThreadPoolExecutor(4, "flowmason-read")
+        self._settling: asyncio.Task[None] | None = None
+        self._commit = aiofiles.os.wrap(self._engine.commit)
+        self._load = aiofiles.os.wrap(environment.published.secret)
+
+    @property
+    def position(self) -> int:
+        """How many events of the log this process has caught up with."""
+        return self._engine.position
+
+    def peek(self, org_id: str, name: str) -> SecretRecord | None:
+        """See `Store.peek`."""
+        record = self._env.cache.get((org_id, secret_id(org_id, name)))
+        # The id is a short hash: the name decides.
+        return record if record is not None and record.metadata.name == name else None
+
+    def forget(self, org_id: str, name: str) -> None:
+        """See `Store.forget`."""
+        self._env.cache.drop((org_id, secret_id(org_id, name)))
+
+    async def load(self, org_id: str, name: str) -> SecretRecord | None:
+        """See `Store.load`."""
+        as_of = self._engine.position
+        record: SecretRecord | None = await self._load(org_id, name, as_of, executor=self._readers)
+        if record is not None and record.damage is None:
+            self._env.cache.put((org_id, secret_id(org_id, name)), record)
+        return record
+
+    async def load_api_key(self, digest: str) -> ApiKey | None:
+        """See `Store.load_api_key`."""
+        return await self._read(self._env.published.api_key, digest)
+
+    async def api_keys(self, org_id: str) -> list[ApiKey]:
+        """See `Store.api_keys`."""
+        return await self._read(self._env.published.api_keys, org_id)
+
+    async def commit(self, batch: Sequence[Intent]) -> list[Verdict]:
+        """See `Store.commit`."""
+        verdicts: list[Verdict] = await self._commit(batch, executor=self._committer)
+        if self._settling is None and self._engine.staged:
+            self._settling = asyncio.create_task(self._settle())
+        return verdicts
+
+    async def close(self) -> None:
+        """See `Store.close`."""
+        if self._settling is not None:
+            self._settling.cancel()
+            await asyncio.wait([self._settling])
+        await aiofiles.os.wrap(self._engine.close)(executor=self._committer)
+        self._committer.shutdown()
+        self._readers.shutdown()
+
+    async def _settle(self) -> None:
+        """Sync what was published in the meantime and drop it from `staged/`."""
+        try:
+            if self._engine.staged < JOURNAL_LIMIT:
+                await asyncio.sleep(SETTLE_AFTER)
+            seal = aiofiles.os.wrap(self._engine.seal_journal)
+            journal: Journal | None = await seal(executor=self._committer)
+            if journal is not None:
+                await aiofiles.os.wrap(journal.settle)(executor=self._readers)
+        except OSError as error:
+            # It stays staged: the next one to open the directory publishes it from there again.
+            _log.warning("published files could not be synced: %s", error)
+        finally:
+            self._settling = None
+
+    async def _read(self, function: Callable[[str], T], argument: str) -> T:
+        result: T = await aiofiles.os.wrap(function)(argument, executor=self._readers)
+        return result
+
+
+class FilesTail:
+    """What the projections of a data directory are made from. Blocking."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._layout = environment.layout
+        self._published = environment.published
+
+    def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        """See `Tail.chunks`."""
+        return read_chunks(self._layout.events, start, stop)
+
+    def line(self, segment: int, offset: int) -> bytes:
+        """See `Tail.line`."""
+        return read_line(self._layout.events, segment, offset)
+
+    def organisations(self) -> list[str]:
+        """See `Tail.organisations`."""
+        return organisations(self._layout)
+
+    def stems(self, org_hash: str) -> list[str]:
+        """See `Tail.stems`."""
+        return [path.stem for path in (self._layout.root / org_hash).glob("*.meta")]
+
+    def metadata(self, org_hash: str, stem: str) -> Metadata | None:
+        """See `Tail.metadata`."""
+        return self._published.metadata(org_hash, stem)
+
+
+def organisations(layout: Layout) -> list[str]:
+    """The directories of organisations: 16 hex digits. # format §2.1"""
+    return sorted(
+        path.name
+        for path in layout.root.glob("[0-9a-f]" * 16)
+        if len(path.name) == 16 and path.is_dir()
+    )

@@ -1,0 +1,121 @@
+"""The memory store: for tests, and as the shortest description of what a store does."""
+
+from collections.abc import Iterator, Sequence
+
+from ..core import times
+from ..core.errors import LogDamaged
+from ..core.events import Event, Receipt
+from ..core.intents import Changes, Intent, admit
+from ..core.names import org_hash, secret_hash
+from ..core.ports import STALE, Chunk, Sources, Verdict
+from ..core.records import (
+    ApiKey,
+    Change,
+    DropSecret,
+    Metadata,
+    PutApiKey,
+    PutSecret,
+    SecretRecord,
+)
+from . import wire
+
+
+class MemoryStore:
+    """Keeps everything in this process; durable as long as it lives."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._clock = sources.clock
+        self._lines: list[bytes] = []
+        self._secrets: dict[tuple[str, str], PutSecret] = {}
+        self._keys: dict[str, ApiKey] = {}
+        self._changes = Changes(0)
+        header = Event(sources.new_id(), "log.segment", "success", None, "log", "memory")
+        self._append([header])
+
+    @property
+    def position(self) -> int:
+        """See `Store.position`."""
+        return len(self._lines)
+
+    def peek(self, org_id: str, name: str) -> SecretRecord | None:
+        """See `Store.peek`."""
+        put = self._secrets.get((org_id, name))
+        return None if put is None else SecretRecord(put.metadata, put.token, self.position)
+
+    def forget(self, org_id: str, name: str) -> None:
+        """See `Store.forget`. There is nothing but memory here."""
+
+    async def load(self, org_id: str, name: str) -> SecretRecord | None:
+        """See `Store.load`."""
+        return self.peek(org_id, name)
+
+    async def load_api_key(self, digest: str) -> ApiKey | None:
+        """See `Store.load_api_key`."""
+        return self._keys.get(digest)
+
+    async def api_keys(self, org_id: str) -> list[ApiKey]:
+        """See `Store.api_keys`."""
+        keys = [key for key in self._keys.values() if key.org_id == org_id]
+        return sorted(keys, key=lambda key: (key.created_at, key.id))
+
+    async def commit(self, batch: Sequence[Intent]) -> list[Verdict]:
+        """See `Store.commit`."""
+        verdicts: list[Verdict] = [None] * len(batch)
+        admission = admit(batch, self._changes, self.position)
+        for index in admission.stale:
+            verdicts[index] = STALE
+        first = self.position
+        self._append([event for _, event in admission.events])
+        for seq, (index, event) in enumerate(admission.events, first):
+            verdicts[index] = Receipt(seq, event.id)
+            change = batch[index].change
+            if change is not None:
+                self._publish(change)
+        return verdicts
+
+    async def close(self) -> None:
+        """See `Store.close`."""
+
+    def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        """See `Tail.chunks`."""
+        if stop > self.position:
+            raise LogDamaged(f"the log ends before event {stop}")
+        for seq in range(start, stop):
+            yield Chunk(seq, 0, seq, self._lines[seq])
+
+    def line(self, segment: int, offset: int) -> bytes:
+        """See `Tail.line`. An offset is a seq here."""
+        return self._lines[offset].rstrip(b"\n")
+
+    def organisations(self) -> list[str]:
+        """See `Tail.organisations`."""
+        return sorted({org_hash(org_id) for org_id, _ in self._secrets})
+
+    def stems(self, org_hash: str) -> list[str]:
+        """See `Tail.stems`."""
+        return [stem for org, stem in map(_place, self._secrets) if org == org_hash]
+
+    def metadata(self, org_hash: str, stem: str) -> Metadata | None:
+        """See `Tail.metadata`."""
+        for key, put in list(self._secrets.items()):
+            if _place(key) == (org_hash, stem):
+                return put.metadata
+        return None
+
+    def _append(self, events: Sequence[Event]) -> None:
+        time = times.render(self._clock())
+        for seq, event in enumerate(events, self.position):
+            self._lines.append(wire.encode_line(event, seq, time))
+
+    def _publish(self, change: Change) -> None:
+        match change:
+            case PutSecret(org_id, metadata):
+                self._secrets[org_id, metadata.name] = change
+            case DropSecret(org_id, name):
+                self._secrets.pop((org_id, name), None)
+            case PutApiKey(key):
+                self._keys[key.digest] = key
+
+
+def _place(key: tuple[str, str]) -> tuple[str, str]:
+    return org_hash(key[0]), secret_hash(key[1])

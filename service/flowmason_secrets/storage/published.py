@@ -1,0 +1,125 @@
+"""The files under their final names: secrets and API keys. FORMAT.md §1, §2, §4. Blocking."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from uuid import uuid4
+
+from ..core.names import org_hash, secret_hash
+from ..core.records import ApiKey, Change, DropSecret, Metadata, PutApiKey, PutSecret, SecretRecord
+from . import wire
+from .durable import PRIVATE_FILE, Durable
+
+_log = logging.getLogger(__name__)
+
+
+class Layout:
+    """Where everything is in a data directory. # format §1"""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.events = root / "events"
+        self.staged = root / "staged"
+        self.keys = root / "keys"
+        self.lock = root / "commit.lock"
+        self.index = root / "index.sqlite3"
+
+    def secret(self, org: str, stem: str) -> tuple[Path, Path]:
+        """The token's and the metadata's file."""
+        directory = self.root / org
+        return directory / f"{stem}.secret", directory / f"{stem}.meta"
+
+    def api_key(self, digest: str) -> Path:
+        """The file of the API key with this SHA-256."""
+        return self.keys / f"{digest}.json"
+
+
+class Published:
+    """Reads the published files, and publishes changes. Publishing again changes nothing."""
+
+    def __init__(self, layout: Layout, durable: Durable, oldest_key: str) -> None:
+        self._layout = layout
+        self._durable = durable
+        self._oldest_key = oldest_key
+
+    def publish(self, change: Change) -> list[Path]:
+        """Make a committed change visible; returns the paths it touched, not yet synced."""
+        match change:
+            case PutSecret(org_id, metadata, token):
+                secret, meta = self._paths(org_id, metadata.name)
+                self._durable.make_directory(secret.parent)
+                # The metadata names the token's hash: a reader between the two sees a mismatch,
+                # and the gate tells him to read again.
+                self._place(secret, token)
+                self._place(meta, wire.encode_metadata(metadata, token))
+                return [secret, meta, secret.parent.parent]
+            case DropSecret(org_id, name):
+                secret, meta = self._paths(org_id, name)
+                # The token goes first: what is left of a torn deletion holds nothing.
+                self._durable.unlink(secret)
+                self._durable.unlink(meta)
+                return [secret, meta]
+            case PutApiKey(key):
+                path = self._layout.api_key(key.digest)
+                self._place(path, wire.encode_api_key(key))
+                return [path]
+
+    def secret(self, org_id: str, name: str, as_of: int) -> SecretRecord | None:
+        """The secret as its files are now. `as_of` is the size of the log before this call."""
+        secret, meta = self._paths(org_id, name)
+        try:
+            raw_meta, token = _read(meta), _read(secret)
+            if raw_meta is None and token is None:
+                return None
+            metadata, token_sha256 = wire.decode_metadata(raw_meta or b"", self._oldest_key)
+        except (wire.Malformed, OSError) as error:
+            unreadable = wire.unreadable(org_id, name, self._oldest_key)
+            return SecretRecord(unreadable, b"", as_of, str(error))
+        if not token:
+            return SecretRecord(metadata, b"", as_of, "the encrypted value is missing or empty")
+        if token_sha256 not in (None, hashlib.sha256(token).hexdigest()):
+            return SecretRecord(
+                metadata, b"", as_of, "value and metadata are of different versions"
+            )
+        return SecretRecord(metadata, token, as_of)
+
+    def metadata(self, org: str, stem: str) -> Metadata | None:
+        """The metadata of one file; None if it is gone, or can't be read, which is logged."""
+        path = self._layout.secret(org, stem)[1]
+        raw = _read(path)
+        if raw is None:
+            return None
+        try:
+            return wire.decode_metadata(raw, self._oldest_key)[0]
+        except wire.Malformed as error:
+            _log.warning("left out of the listing: %s/%s: %s", org, path.name, error)
+            return None
+
+    def api_key(self, digest: str) -> ApiKey | None:
+        """Raises:
+        Malformed: the file is damaged.
+        """
+        raw = _read(self._layout.api_key(digest))
+        return None if raw is None else wire.decode_api_key(raw)
+
+    def api_keys(self, org_id: str) -> list[ApiKey]:
+        """All API keys of the organisation, oldest first."""
+        digests = [name[:-5] for name in os.listdir(self._layout.keys) if name.endswith(".json")]
+        keys = [key for key in map(self.api_key, digests) if key and key.org_id == org_id]
+        return sorted(keys, key=lambda key: (key.created_at, key.id))
+
+    def _paths(self, org_id: str, name: str) -> tuple[Path, Path]:
+        return self._layout.secret(org_hash(org_id), secret_hash(name))
+
+    def _place(self, path: Path, data: bytes) -> None:
+        draft = self._layout.staged / f"{uuid4().hex}.tmp"
+        self._durable.create(draft, data, PRIVATE_FILE, sync=False)
+        self._durable.rename(draft, path)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,222 @@
+"""Events, metadata, API keys and staged changes as bytes. FORMAT.md §2, §4, §5, §6."""
+
+import hashlib
+from typing import Any
+
+import orjson
+
+from ..core import times
+from ..core.events import MAX_LINE, MAX_USER_AGENT, Event, Line
+from ..core.names import org_hash, secret_hash, secret_id
+from ..core.records import ApiKey, Change, DropSecret, Metadata, PutApiKey, PutSecret
+
+
+class Malformed(ValueError):
+    """Bytes on disk that are not what the format says."""
+
+
+def encode_line(event: Event, seq: int, time: str) -> bytes:
+    """One line of the log with its newline, at most 8,000 bytes. # format §5.1"""
+    line = orjson.dumps(_fields(event, seq, time), option=orjson.OPT_APPEND_NEWLINE)
+    if len(line) > MAX_LINE:
+        raise ValueError(f"an event of {len(line)} bytes does not fit into a line")
+    return line
+
+
+def _fields(event: Event, seq: int, time: str) -> dict[str, Any]:
+    agent = event.user_agent
+    return {
+        "v": 1,
+        "id": event.id,
+        "seq": seq,
+        "time": time,
+        "action": event.action,
+        "outcome": event.outcome,
+        "org_id": event.org_id,
+        "resource_type": event.resource_type,
+        "resource_id": event.resource_id,
+        "name": event.name,
+        "version": event.version,
+        "actor": event.actor,
+        "actor_type": event.actor_type,
+        "client_ip": event.client_ip,
+        "user_agent": agent if agent is None else agent[:MAX_USER_AGENT],
+        "request_id": event.request_id,
+        "status": event.status,
+        "details": event.details or {},
+    }
+
+
+def encode_header(event: Event, seq: int, time: str, size: int) -> bytes:
+    """The first line of a segment, padded to at least `size` bytes. # format §5.3"""
+    fields = _fields(event, seq, time)
+    missing = size - len(orjson.dumps(fields)) - 1
+    fields["details"]["padding"] = "." * max(0, missing)
+    return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def decode_line(data: bytes) -> Line:
+    """Raises:
+    Malformed: not an event.
+    """
+    try:
+        line: Line = orjson.loads(data)
+        if not isinstance(line["seq"], int) or not isinstance(line["id"], str):
+            raise Malformed("an event without seq or id")
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise Malformed(f"not an event: {error}") from None
+    return line
+
+
+def encode_metadata(metadata: Metadata, token: bytes) -> bytes:
+    """A `.meta` file. # format §2.3"""
+    return orjson.dumps(_metadata_fields(metadata, token), option=orjson.OPT_INDENT_2)
+
+
+def _metadata_fields(metadata: Metadata, token: bytes) -> dict[str, Any]:
+    return {
+        "id": metadata.id,
+        "name": metadata.name,
+        "description": metadata.description,
+        "category": metadata.category,
+        "created_at": metadata.created_at,
+        "updated_at": metadata.updated_at,
+        "created_by": metadata.created_by,
+        "expires_at": metadata.expires_at,
+        "version": metadata.version,
+        "revision": metadata.revision,
+        "key_id": metadata.key_id,
+        "token_sha256": hashlib.sha256(token).hexdigest(),
+    }
+
+
+def decode_metadata(data: bytes, oldest_key: str) -> tuple[Metadata, str | None]:
+    """The metadata of a `.meta` file of ours or of FlowMason 1.0, and its token's SHA-256 if named.
+
+    FlowMason 1.0 named no key: its files are under `oldest_key`. # format §2.4
+
+    Raises:
+        Malformed: incomplete, or not JSON at all.
+    """
+    try:
+        fields: dict[str, Any] = orjson.loads(data)
+        expires_at = fields.get("expires_at")
+        expiry = None if expires_at is None else times.parse_stored(expires_at)
+        metadata = Metadata(
+            id=str(fields["id"]),
+            name=str(fields["name"]),
+            description=str(fields.get("description") or ""),
+            category=str(fields.get("category") or "other"),
+            created_at=times.render(times.parse_stored(fields["created_at"])),
+            updated_at=times.render(times.parse_stored(fields["updated_at"])),
+            created_by=fields.get("created_by"),
+            expires_at=None if expiry is None else times.render(expiry),
+            version=int(fields.get("version", 1)),
+            revision=str(fields.get("revision", "")),
+            key_id=str(fields.get("key_id", oldest_key)),
+            expiry=expiry,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise Malformed(f"unreadable metadata: {type(error).__name__}") from None
+    return metadata, fields.get("token_sha256")
+
+
+def encode_api_key(key: ApiKey) -> bytes:
+    """A file of `keys/`. # format §4"""
+    return orjson.dumps(_api_key_fields(key), option=orjson.OPT_INDENT_2)
+
+
+def _api_key_fields(key: ApiKey) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "org_id": key.org_id,
+        "name": key.name,
+        "sha256": key.digest,
+        "scopes": key.scopes,
+        "allow": key.allow,
+        "created_at": key.created_at,
+        "created_by": key.created_by,
+        "expires_at": key.expires_at,
+        "revoked_at": key.revoked_at,
+    }
+
+
+def decode_api_key(data: bytes) -> ApiKey:
+    """Raises:
+    Malformed: incomplete, or not JSON at all.
+    """
+    try:
+        fields: dict[str, Any] = orjson.loads(data)
+        expires_at = fields["expires_at"]
+        return ApiKey(
+            id=fields["id"],
+            org_id=fields["org_id"],
+            name=fields["name"],
+            digest=fields["sha256"],
+            scopes=tuple(fields["scopes"]),
+            allow=tuple(fields["allow"]),
+            created_at=fields["created_at"],
+            created_by=fields["created_by"],
+            expires_at=expires_at,
+            expiry=None if expires_at is None else times.parse_stored(expires_at),
+            revoked_at=fields["revoked_at"],
+        )
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise Malformed(f"unreadable API key: {type(error).__name__}") from None
+
+
+def encode_staged(event_id: str, change: Change) -> bytes:
+    """One line of a staging file. # format §6"""
+    record: dict[str, Any] = {"event": event_id}
+    match change:
+        case PutSecret(org_id, metadata, token):
+            record["put_secret"] = {
+                "org_id": org_id,
+                "metadata": _metadata_fields(metadata, token),
+                "token": token.decode("ascii"),
+            }
+        case DropSecret(org_id, name):
+            record["drop_secret"] = {"org_id": org_id, "name": name}
+        case PutApiKey(key):
+            record["put_api_key"] = _api_key_fields(key)
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def decode_staged(line: bytes) -> tuple[str, Change]:
+    """Raises:
+    Malformed: a torn line.
+    """
+    try:
+        record: dict[str, Any] = orjson.loads(line)
+        event_id = record["event"]
+        if (put := record.get("put_secret")) is not None:
+            metadata, _ = decode_metadata(orjson.dumps(put["metadata"]), "")
+            return event_id, PutSecret(put["org_id"], metadata, put["token"].encode("ascii"))
+        if (drop := record.get("drop_secret")) is not None:
+            return event_id, DropSecret(drop["org_id"], drop["name"])
+        return event_id, PutApiKey(decode_api_key(orjson.dumps(record["put_api_key"])))
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise Malformed(f"unreadable staged change: {type(error).__name__}") from None
+
+
+def files_of(change: PutSecret | DropSecret) -> tuple[str, str]:
+    """The organisation's directory and the stem of the secret's files. # format §2.1"""
+    name = change.metadata.name if isinstance(change, PutSecret) else change.name
+    return org_hash(change.org_id), secret_hash(name)
+
+
+def unreadable(org_id: str, name: str, oldest_key: str) -> Metadata:
+    """What is known of a secret whose metadata can't be read: the name it was asked by."""
+    return Metadata(
+        id=secret_id(org_id, name),
+        name=name,
+        description="",
+        category="other",
+        created_at="",
+        updated_at="",
+        created_by=None,
+        expires_at=None,
+        version=0,
+        revision="",
+        key_id=oldest_key,
+    )
