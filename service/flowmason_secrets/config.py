@@ -53,8 +53,12 @@ VARIABLES: dict[str, tuple[str, str]] = {
 }
 
 
-def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
+def from_environment(
+    environ: Mapping[str, str] = os.environ, *, master_key: str | None = None
+) -> Settings:
     """The settings that the `FLOWMASON_SECRETS_*` variables describe.
+
+    `master_key` takes the place of the one that the environment names.
 
     Raises:
         ConfigurationError: an unknown variable, one that can't be read, or two that contradict.
@@ -70,6 +74,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         if short not in ("KEY", "KEY_FILE"):
             name = VARIABLES[short][0]
             values[name] = _convert(variable, name, environ[variable])
+    if master_key is not None:
+        return Settings(**values, master_keys=(master_key,))  # type: ignore[arg-type] # as below
     key, key_file = environ.get(PREFIX + "KEY"), environ.get(PREFIX + "KEY_FILE")
     if key and key_file:
         raise ConfigurationError(f"Set {PREFIX}KEY or {PREFIX}KEY_FILE, not both.")

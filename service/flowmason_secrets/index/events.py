@@ -90,6 +90,7 @@ def extend(terms: Terms, connection: sqlite3.Connection, tail: Tail, stop: int, 
     Raises:
         LogDamaged: the log does not hold the events it should.
     """
+    terms.trim()
     try:
         with transaction(connection, "immediate"):
             known = state(connection)
@@ -153,15 +154,25 @@ def _head(chunk: Chunk, lines: int) -> Chunk:
     return chunk._replace(data=data)
 
 
+class _Kind(NamedTuple):
+    """What events of the same organisation, resource type, action and outcome have in common."""
+
+    org: int
+    type: int
+    action: int
+    success: int
+    changes: bool
+    names: dict[str | None, int]
+
+
 def _read(
     batch: Iterator[Chunk], terms: Terms, filled: int, rows: list[Row], changed: set[Changed]
 ) -> Line | None:
     """Add the events to `rows` and the changes of secrets to `changed`; return the last event."""
     line: Line | None = None
     second, base = "", 0
-    code = terms.code
-    orgs: dict[str | None, int] = {}
-    kinds: dict[tuple[str, str, str], tuple[int, int, int]] = {}
+    kinds: dict[tuple[str | None, str, str, str], _Kind] = {}
+    actors = terms.known(ACTOR, 0)
     for chunk in batch:
         seq, segment, offset = chunk.first, chunk.segment, chunk.offset
         for raw in chunk.data.split(b"\n")[:-1]:
@@ -172,36 +183,44 @@ def _read(
             else:
                 micros = _micros(time)
                 second, base = time[:19], micros - micros % 1_000_000
-            kind = (line["resource_type"], line["action"], line["outcome"])
-            coded = kinds.get(kind)
-            if coded is None:
-                coded = kinds[kind] = _kind(terms, kind)
-            org = orgs.get(line["org_id"])
-            if org is None:
-                org = orgs[line["org_id"]] = code(ORG, 0, line["org_id"])
-            name, actor = code(NAME, org, line["name"]), code(ACTOR, 0, line["actor"])
-            rows.append((seq, segment, offset, micros, org, *coded, name, actor))
-            if seq >= filled and kind[0] == "secret" and is_change(line):
+            common = (line["org_id"], line["resource_type"], line["action"], line["outcome"])
+            kind = kinds.get(common)
+            if kind is None:
+                kind = kinds[common] = _kind(terms, line)
+            org, type_, action, success, changes, names = kind
+            text = line["name"]
+            name = names.get(text)
+            if name is None:
+                name = terms.code(NAME, org, text)
+            text = line["actor"]
+            actor = actors.get(text)
+            if actor is None:
+                actor = terms.code(ACTOR, 0, text)
+            rows.append((seq, segment, offset, micros, org, type_, action, success, name, actor))
+            if changes and seq >= filled:
                 changed.add((line["org_id"] or "", line["resource_id"], line["name"]))
             seq += 1
             offset += len(raw) + 1
     return line
 
 
-def _kind(terms: Terms, kind: tuple[str, str, str]) -> tuple[int, int, int]:
-    resource_type, action, outcome = kind
-    return (
-        terms.code(TYPE, 0, resource_type),
-        terms.code(ACTION, 0, action),
-        terms.code(SUCCESS, 0, str(outcome == "success")),
+def _kind(terms: Terms, line: Line) -> _Kind:
+    org = terms.code(ORG, 0, line["org_id"])
+    return _Kind(
+        org,
+        terms.code(TYPE, 0, line["resource_type"]),
+        terms.code(ACTION, 0, line["action"]),
+        terms.code(SUCCESS, 0, str(line["outcome"] == "success")),
+        line["resource_type"] == "secret" and is_change(line),
+        terms.known(NAME, org),
     )
 
 
 def _decode(raw: bytes, seq: int) -> Line:
     line: Line = orjson.loads(raw)
-    if line["seq"] == seq:
-        return line
-    raise LogDamaged(f"Line {seq} of the log says that it is event {line['seq']}.")
+    if line["seq"] != seq:
+        raise LogDamaged(f"Line {seq} of the log says that it is event {line['seq']}.")
+    return line
 
 
 def _micros(time: str) -> int:
@@ -215,15 +234,18 @@ def _seal(connection: sqlite3.Connection, known: State, position: int, rows: lis
         in_hand = len(rows) == block and rows[0][0] == sealed
         whole = rows if in_hand else _stored(connection, sealed, sealed + block)
         if whole:
-            number = sealed // block
-            events = ((row[0], *row[4:]) for row in whole)
-            connection.executemany("insert into posting values (?, ?)", seal(events, number, block))
-            times = [row[3] for row in whole]
-            connection.execute(
-                "insert into block values (?, ?, ?)", (number, min(times), max(times))
-            )
+            _seal_block(connection, whole, sealed // block, block)
         sealed += block
     return sealed
+
+
+def _seal_block(connection: sqlite3.Connection, rows: list[Row], number: int, block: int) -> None:
+    seqs, _, _, times, *columns = zip(*rows, strict=True)
+    places = [seq - number * block for seq in seqs]
+    connection.executemany(
+        "insert into posting values (?, ?)", seal(columns, places, number, block)
+    )
+    connection.execute("insert into block values (?, ?, ?)", (number, min(times), max(times)))
 
 
 def _stored(connection: sqlite3.Connection, low: int, high: int) -> list[Any]:

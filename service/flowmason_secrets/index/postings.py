@@ -6,17 +6,19 @@ An int with bit `i` set stands for the event at place `i` of the block.
 import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .database import Damaged
 
 # Up to here a list of places is both smaller and about as quick to read as a bitmap.
 _SPARSE = 64
 
-# The term that every event carries.
-EVERY = 0
+# Up to here one pass over the block for each term is quicker than a step for each event.
+_FEW_TERMS = 64
 
-Codes = tuple[int, int, int, int, int, int, int]
+# The term that every event carries. In a column it stands for a field without a value, which
+# nobody can ask for.
+EVERY = 0
 
 
 def key(number: int, term: int) -> int:
@@ -24,65 +26,77 @@ def key(number: int, term: int) -> int:
     return number << 32 | term
 
 
-def seal(columns: Iterable[Sequence[int]], places: Sequence[int], number: int, block: int) -> Sealed:
+def seal(
+    columns: Iterable[Sequence[int]], places: Sequence[int], number: int, block: int
+) -> Iterator[tuple[int, bytes]]:
     """The keys and postings of a block's events, in the order of the keys.
 
-    `columns` hold one term for each event, `places` where in the block the event is.
+    `columns` hold one term of each event, `places` where in the block each event is.
     """
-    found: dict[int, bytes] = {EVERY: _few(places, block)}
+    found = {EVERY: _encode(places, block)}
     for column in columns:
-        found.update(_column(column, places, block))
+        terms = set(column) - {EVERY}
+        whole = len(places) == block
+        split = _by_term if whole and len(terms) <= _FEW_TERMS else _by_event
+        found.update(split(column, terms, places, block))
     for term in sorted(found):
         where = key(number, term)
         yield where, found[term] + _check(found[term], where)
 
 
-def _column(column: Sequence[int], places: Sequence[int], block: int) -> Iterator[tuple[int, bytes]]:
-    terms = list(set(column) - {0})
-    # Fields without a value are coded 0, and nobody can ask for them.
-    if len(terms) <= _DISTINCT and len(places) == block:
-        yield from _bitmaps(column, terms, block)
-        return
+def _by_event(
+    column: Sequence[int], terms: set[int], places: Sequence[int], block: int
+) -> Iterator[tuple[int, bytes]]:
     found: defaultdict[int, list[int]] = defaultdict(list)
     for place, term in zip(places, column, strict=True):
         found[term].append(place)
     for term in terms:
-        yield term, _few(found[term], block)
+        yield term, _encode(found[term], block)
 
 
-def _bitmaps(column: Sequence[int], terms: list[int], block: int) -> Iterator[tuple[int, bytes]]:
-    """For a whole block of few terms: one pass over its bytes for each, not one step for each event."""
-    index = {term: i for i, term in enumerate(terms, 1)} | {0: 0}
-    digits = bytes(map(index.__getitem__, reversed(column)))
+def _by_term(
+    column: Sequence[int], terms: set[int], _: Sequence[int], block: int
+) -> Iterator[tuple[int, bytes]]:
+    local = {EVERY: 0} | {term: i for i, term in enumerate(terms, 1)}
+    codes = bytes(map(local.__getitem__, reversed(column)))
     for term in terms:
-        count = digits.count(index[term])
-        if count <= _SPARSE:
-            last = block - 1
-            yield term, _few([last - i for i, d in enumerate(digits) if d == index[term]][::-1], block)
-            continue
         table = bytearray(b"0" * 256)
-        table[index[term]] = 49
-        bits = int(digits.translate(table), 2)
-        yield term, b"" if count == block else bits.to_bytes(block // 8, "little")
+        table[local[term]] = 49
+        bits = int(codes.translate(table), 2)
+        yield term, _pack(bits, codes.count(local[term]), block)
 
 
-def _few(places: Sequence[int], block: int) -> bytes:
-    """Nothing for a full block, two bytes for each of a few places, or a bitmap."""
+def _encode(places: Sequence[int], block: int) -> bytes:
     count = len(places)
-    if count == block:
-        return b""
-    if count <= _SPARSE and 2 * count < block // 8:
+    if _is_sparse(count, block):
         return struct.pack(f"<{count}H", *places)
     digits = bytearray(b"0" * block)
     for place in places:
         digits[place] = 49
     digits.reverse()
-    return int(bytes(digits), 2).to_bytes(block // 8, "little")
+    return _pack(int(bytes(digits), 2), count, block)
+
+
+def _pack(bits: int, count: int, block: int) -> bytes:
+    """Nothing for a full block, two bytes for each of a few places, or a bitmap."""
+    if count == block:
+        return b""
+    if not _is_sparse(count, block):
+        return bits.to_bytes(block // 8, "little")
+    places = []
+    while bits:
+        places.append((bits & -bits).bit_length() - 1)
+        bits &= bits - 1
+    return struct.pack(f"<{count}H", *places)
+
+
+def _is_sparse(count: int, block: int) -> bool:
+    return count <= _SPARSE and 2 * count < block // 8
 
 
 def decode(blob: object, where: int, block: int) -> int:
     """Raises:
-    Damaged: not what `encode` made for this key.
+    Damaged: not what `seal` made for this key.
     """
     # SQLite may hand out any type if the file is damaged.
     if not isinstance(blob, bytes):

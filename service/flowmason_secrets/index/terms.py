@@ -23,32 +23,44 @@ class Terms:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._known: dict[tuple[int, int, str], int] = {}
+        self._known: dict[tuple[int, int], dict[str | None, int]] = {}
+        self._count = 0
         # For an organisation and its patterns: the names that match among the terms up to an id.
         self._allowed: dict[tuple[int | None, tuple[str, ...]], tuple[int, set[int]]] = {}
 
     def forget(self) -> None:
         """Ids that were given in a transaction that did not commit are void."""
         self._known.clear()
+        self._count = 0
+
+    def trim(self) -> None:
+        """Bound the memory. Not between `known` and the last use of its answer."""
+        if self._count > _MAX_CACHED:
+            self.forget()
+
+    def known(self, field: int, scope: int) -> dict[str | None, int]:
+        """Ids at hand: where a value is missing, `code` has it and adds it."""
+        found = self._known.get((field, scope))
+        if found is None:
+            found = self._known[field, scope] = {None: 0}
+        return found
 
     def code(self, field: int, scope: int, value: str | None) -> int:
         """The id of a term, new if need be. `scope` is the organisation's id for names, else 0."""
-        if value is None:
-            return 0
-        known = self._known.get((field, scope, value))
-        if known is not None:
-            return known
-        term = self.find(field, scope, value)
-        if term is None:
-            cursor = self._connection.execute(
-                "insert into term (field, scope, value) values (?, ?, ?)",
-                (field, scope, value.encode()),
-            )
-            term = cursor.lastrowid or 0
-        if len(self._known) >= _MAX_CACHED:
-            self._known.clear()
-        self._known[field, scope, value] = term
-        return term
+        known = self.known(field, scope)
+        term = known.get(value)
+        if term is None and value is not None:
+            term = self.find(field, scope, value) or self._add(field, scope, value)
+            known[value] = term
+            self._count += 1
+        return term or 0
+
+    def _add(self, field: int, scope: int, value: str) -> int:
+        cursor = self._connection.execute(
+            "insert into term (field, scope, value) values (?, ?, ?)",
+            (field, scope, value.encode()),
+        )
+        return cursor.lastrowid or 0
 
     def find(self, field: int, scope: int, value: str) -> int | None:
         """The id of a term, or None if no event has it."""

@@ -1,0 +1,200 @@
+"""`AsyncSecretsService`: the library for asynchronous callers."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from . import app, config
+from .core import names, times
+from .core.access import Caller
+from .core.drafts import Draft
+from .core.errors import InvalidInput, SecretNotFound
+from .core.keyring import Plaintext
+from .core.ports import ListQuery
+from .core.records import Metadata
+from .service import Service
+
+D = TypeVar("D")
+
+_EVERYTHING = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class SecretMetadata:
+    """Everything about a secret but its value. Times are RFC 3339 in UTC."""
+
+    id: str
+    name: str
+    description: str
+    category: str
+    created_at: str
+    updated_at: str
+    created_by: str | None
+    expires_at: str | None
+    is_expired: bool
+    version: int
+
+
+class Missing:
+    """Stands for "no default": then a missing secret raises."""
+
+
+MISSING = Missing()
+
+
+class AsyncSecretsService:
+    """The secrets of one organisation in a data directory. Belongs to one event loop.
+
+    Every access is an event in the log that the server writes too; both may run at once.
+
+        async with AsyncSecretsService(org_id="my-org") as secrets:
+            await secrets.set("OPENAI_API_KEY", "sk-...", category="api_key")
+
+    `master_key` and `storage_path` (the data directory) take the place of the environment's.
+    `actor` is whom the events name; by default it is the user that runs this process.
+
+    Raises:
+        ConfigurationError: the environment contradicts itself.
+        InvalidInput: not the name of an organisation.
+    """
+
+    def __init__(
+        self,
+        org_id: str,
+        master_key: str | None = None,
+        storage_path: str | Path | None = None,
+        actor: str | None = None,
+    ) -> None:
+        self.org_id = names.check_org(org_id)
+        self._actor = actor
+        self._settings = app.with_overrides(
+            config.from_environment(master_key=master_key),
+            data_dir=None if storage_path is None else Path(storage_path),
+        )
+        self._service: Service | None = None
+        self._opening = asyncio.Lock()
+
+    async def set(
+        self,
+        name: str,
+        value: str,
+        description: str = "",
+        category: str = "other",
+        expires_at: datetime | str | None = None,
+        actor: str | None = None,
+    ) -> SecretMetadata:
+        """Create the secret, or replace all of it but its creation.
+
+        Raises:
+            InvalidInput: a field is not acceptable, an `expires_at` without a zone above all.
+            LogUnavailable: not acknowledged: it happened whole or not at all.
+        """
+        draft = Draft(name, Plaintext(value), description, category, _expiry(expires_at))
+        written = await (await self._open()).set(self._caller(actor), draft)
+        return _shown(written.metadata)
+
+    async def get(
+        self, name: str, default: D | Missing = MISSING, actor: str | None = None
+    ) -> str | D:
+        """Return the value; the read is durable in the event log before this returns.
+
+        Raises:
+            SecretNotFound: there is none, and no `default` to return instead.
+            SecretExpired: it is past its expiry, whatever the default.
+            DecryptionFailed, SecretDamaged: it can't be read.
+            LogUnavailable: the event could not be written, so the value is not returned.
+        """
+        service = await self._open()
+        try:
+            return (await service.get(self._caller(actor), name)).value.reveal()
+        except SecretNotFound:
+            if isinstance(default, Missing):
+                raise
+            return default
+
+    async def get_metadata(self, name: str, actor: str | None = None) -> SecretMetadata:
+        """Return everything about a secret but its value.
+
+        Raises:
+            SecretNotFound: there is none.
+            SecretDamaged: its metadata can't be read.
+        """
+        return _shown(await (await self._open()).metadata(self._caller(actor), name))
+
+    async def exists(self, name: str) -> bool:
+        """Whether there is such a secret, expired or not. Recorded only if it is not there."""
+        try:
+            await self.get_metadata(name)
+        except SecretNotFound:
+            return False
+        return True
+
+    async def list(self) -> "list[SecretMetadata]":
+        """All secrets, sorted by name, without their values."""
+        query = ListQuery(self.org_id, time.time(), limit=_EVERYTHING)
+        pages = (await self._open()).listing(self._caller(None), query)
+        return [_shown(metadata) async for page in pages for metadata in page]
+
+    async def delete(self, name: str, actor: str | None = None) -> bool:
+        """Delete a secret. Always True: a missing one raises.
+
+        Raises:
+            SecretNotFound: there is none.
+            LogUnavailable: not acknowledged: it happened whole or not at all.
+        """
+        await (await self._open()).delete(self._caller(actor), name)
+        return True
+
+    async def close(self) -> None:
+        """Release the data directory; the next operation opens it again."""
+        service, self._service = self._service, None
+        if service is not None:
+            await service.close()
+
+    async def __aenter__(self) -> "AsyncSecretsService":
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _open(self) -> Service:
+        async with self._opening:
+            if self._service is None:
+                self._service = await app.open_service(self._settings)
+            return self._service
+
+    def _caller(self, actor: str | None) -> Caller:
+        return app.local_caller(self.org_id, actor or self._actor)
+
+
+def _expiry(expires_at: datetime | str | None) -> str | None:
+    if not isinstance(expires_at, datetime):
+        return expires_at
+    if expires_at.tzinfo is None:
+        raise InvalidInput("expires_at", "must have a zone, like datetime.now(UTC) has")
+    return times.render(expires_at.timestamp())
+
+
+def _shown(metadata: Metadata) -> SecretMetadata:
+    return SecretMetadata(
+        id=metadata.id,
+        name=metadata.name,
+        description=metadata.description,
+        category=metadata.category,
+        created_at=metadata.created_at,
+        updated_at=metadata.updated_at,
+        created_by=metadata.created_by,
+        expires_at=metadata.expires_at,
+        is_expired=metadata.is_expired(time.time()),
+        version=metadata.version,
+    )

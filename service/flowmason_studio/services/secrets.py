@@ -1,0 +1,41 @@
+"""The documented import path of FlowMason Secrets."""
+
+from flowmason_secrets.blocking import SecretsService, get_secrets_service
+from flowmason_secrets.core.errors import (
+    ApiKeyNotFound,
+    ConfigurationError,
+    DecryptionFailed,
+    Denied,
+    InvalidInput,
+    LogDamaged,
+    LogUnavailable,
+    Overloaded,
+    PreconditionFailed,
+    SecretDamaged,
+    SecretExpired,
+    SecretNotFound,
+    SecretsError,
+    Unauthenticated,
+)
+from flowmason_secrets.library import AsyncSecretsService, SecretMetadata
+
+__all__ = [
+    "ApiKeyNotFound",
+    "AsyncSecretsService",
+    "ConfigurationError",
+    "DecryptionFailed",
+    "Denied",
+    "InvalidInput",
+    "LogDamaged",
+    "LogUnavailable",
+    "Overloaded",
+    "PreconditionFailed",
+    "SecretDamaged",
+    "SecretExpired",
+    "SecretMetadata",
+    "SecretNotFound",
+    "SecretsError",
+    "SecretsService",
+    "Unauthenticated",
+    "get_secrets_service",
+]
