@@ -9,7 +9,7 @@ from .core.access import Caller, Principal
 from .core.errors import SecretsError
 from .core.events import Detail, Event, Outcome, Receipt, event
 from .core.intents import Intent
-from .core.ports import Stale, Store
+from .core.ports import STALE, Store
 from .core.records import Change, PutSecret
 from .core.status import STATUS, outcome_of
 from .gate import Gate
@@ -64,16 +64,16 @@ class Path:
             else:
                 recorded = self._event(attempt, action, None)
                 intent = Intent(recorded, attempt.depends, attempt.change)
-                receipt = await self._gate.commit(intent)
-                if not isinstance(receipt, Stale):
+                receipt = await self._gate.submit(intent)
+                if type(receipt) is Receipt:
                     return result, receipt
             caller = await self.renew(caller, name)
 
     async def refuse(self, attempt: Attempt, action: str, refusal: SecretsError) -> bool:
         """Record a refusal; False if what it was based on is outdated."""
         recorded = self._event(attempt, action, refusal)
-        verdict = await self._gate.commit(Intent(recorded, attempt.depends))
-        return not isinstance(verdict, Stale)
+        verdict = await self._gate.submit(Intent(recorded, attempt.depends))
+        return verdict is not STALE
 
     async def permit(
         self, caller: Caller, action: str, resource_type: str, check: Callable[[Principal], None]

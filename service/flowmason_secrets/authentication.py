@@ -111,7 +111,7 @@ class Failures:
                 status=401,
                 details={"error": Unauthenticated.code, "count": count},
             )
-            await self._gate.commit(Intent(event, ()))
+            await self._gate.submit(Intent(event, ()))
             self._counts[client_ip] -= count
             if not self._counts[client_ip]:
                 del self._counts[client_ip]

@@ -6,9 +6,8 @@ Intents that wait together are committed together. One batch is in flight, the n
 import asyncio
 
 from .core.errors import LogUnavailable, Overloaded
-from .core.events import Receipt
 from .core.intents import Intent
-from .core.ports import STALE, Stale, Store, Verdict
+from .core.ports import STALE, Store, Verdict
 
 # How many intents may wait before others are turned away.
 QUEUE_LIMIT = 10_000
@@ -18,6 +17,7 @@ class Gate:
     """Group commit over one store. Belongs to one event loop."""
 
     def __init__(self, store: Store, limit: int = QUEUE_LIMIT) -> None:
+        self._loop = asyncio.get_running_loop()
         self._store = store
         self._limit = limit
         self._waiting: list[tuple[Intent, asyncio.Future[Verdict]]] = []
@@ -25,19 +25,24 @@ class Gate:
         # Why the last event could not be written; None once one could.
         self.unavailable: str | None = None
 
-    async def commit(self, intent: Intent) -> Receipt | Stale:
-        """Return when the event of the intent is durable and its change published.
+    def submit(self, intent: Intent) -> asyncio.Future[Verdict]:
+        """Queue an intent for the next batch. The future's result is a receipt when its event is
+        durable and its change published, `STALE` if something that it depends on has changed,
+        or None if it has no event and all that it depends on is as it was.
 
-        `STALE` if something that it depends on has changed: read anew and try again.
+        It raises LogUnavailable if the event is not acknowledged, LogDamaged as `Store.commit`.
 
         Raises:
-            LogUnavailable: not acknowledged.
             Overloaded: too many are waiting; nothing happened.
         """
-        verdict = await self._submit(intent)
-        if verdict is None:
-            raise TypeError("an intent without an event is for `is_current`")
-        return verdict
+        waiting = self._waiting
+        if len(waiting) >= self._limit:
+            raise Overloaded
+        future: asyncio.Future[Verdict] = self._loop.create_future()
+        waiting.append((intent, future))
+        if self._running is None:
+            self._running = self._loop.create_task(self._run())
+        return future
 
     async def is_current(self, intent: Intent) -> bool:
         """Whether all that the intent depends on is as it was, now, in every process.
@@ -46,33 +51,31 @@ class Gate:
             LogUnavailable: not even the state of the log can be read.
             Overloaded: too many are waiting.
         """
-        return await self._submit(intent) is not STALE
+        return await self.submit(intent) is not STALE
 
     async def drain(self) -> None:
         """Return when everything that was submitted is decided."""
         while self._running is not None:
             await asyncio.wait([self._running])
 
-    async def _submit(self, intent: Intent) -> Receipt | Stale | None:
-        waiting = self._waiting
-        if len(waiting) >= self._limit:
-            raise Overloaded
-        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        waiting.append((intent, future))
-        if self._running is None:
-            self._running = asyncio.create_task(self._run())
-        verdict = await future
-        if isinstance(verdict, LogUnavailable):
-            raise LogUnavailable(verdict.reason)
-        return verdict
-
     async def _run(self) -> None:
         try:
             while self._waiting:
+                await self._gather()
                 batch, self._waiting = self._waiting, []
                 await self._commit(batch)
         finally:
             self._running = None
+
+    async def _gather(self) -> None:
+        """Let the requests that have arrived already join the batch: a sync costs the same for
+        few as for many. Ends when two rounds of the loop bring no more.
+        """
+        quiet = 0
+        while quiet < 2:
+            size = len(self._waiting)
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == size else 0
 
     async def _commit(self, batch: list[tuple[Intent, asyncio.Future[Verdict]]]) -> None:
         try:
@@ -89,7 +92,10 @@ class Gate:
         for (_, future), verdict in zip(batch, verdicts, strict=True):
             if isinstance(verdict, LogUnavailable):
                 self.unavailable = str(verdict)
-            elif isinstance(verdict, Receipt):
+                if not future.done():
+                    future.set_exception(_for_waiter(verdict))
+                continue
+            if verdict is not None:
                 self.unavailable = None
             if not future.done():
                 future.set_result(verdict)

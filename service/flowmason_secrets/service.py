@@ -211,7 +211,7 @@ class Service:
                 await self.gate.is_current(Intent(None, ()))
             else:
                 resumed = Event(self._new_id(), "log.resume", "success", None, "log", None)
-                await self.gate.commit(Intent(resumed, ()))
+                await self.gate.submit(Intent(resumed, ()))
         except SecretsError as error:
             return str(error)
         return None
@@ -230,23 +230,24 @@ class Service:
         org_id = attempt.caller.principal.org_id
         as_of = self._store.position
         record = self._store.peek(org_id, name) or await self._store.load(org_id, name)
-        if record is not None:
-            as_of = record.as_of
-            attempt.version = record.metadata.version
-        attempt.depends += (((org_id, names.secret_id(org_id, name)), as_of),)
+        if record is None:
+            attempt.depends += (((org_id, names.secret_id(org_id, name)), as_of),)
+        else:
+            _depend(attempt, org_id, record)
         return record
 
     async def _read(self, attempt: Attempt, name: str) -> SecretRecord:
         """Raises:
         SecretNotFound: there is none.
         """
-        record: SecretRecord | None
-        if self._store.peek(attempt.caller.principal.org_id, name) is not None:
+        org_id = attempt.caller.principal.org_id
+        record = self._store.peek(org_id, name)
+        if record is not None:
+            _depend(attempt, org_id, record)
+            return record
+        # Many may ask for a secret that is not at hand: one of them reads it.
+        async with self._lock(attempt.caller, name):
             record = await self._find(attempt, name)
-        else:
-            # Many may ask for a secret that is not at hand: one of them reads it.
-            async with self._lock(attempt.caller, name):
-                record = await self._find(attempt, name)
         if record is None:
             raise errors.SecretNotFound(name)
         return record
@@ -304,6 +305,14 @@ class Service:
         if lock is None:
             lock = self._locks[ref] = asyncio.Lock()
         return lock
+
+
+def _depend(attempt: Attempt, org_id: str, record: SecretRecord) -> None:
+    metadata = record.metadata
+    attempt.version = metadata.version
+    # Not the id in the file: events name this one.
+    ref = (org_id, names.secret_id(org_id, metadata.name))
+    attempt.depends += ((ref, record.as_of),)
 
 
 def _permit(caller: Caller, name: str, scopes: frozenset[str] = _FULL) -> None:

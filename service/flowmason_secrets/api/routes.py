@@ -178,16 +178,23 @@ ROUTES: tuple[Route, ...] = (
 
 
 class RouteTable:
-    """Finds the route of a path. Routes differ in their fixed segments, so a dict finds them."""
+    """Finds the routes of a path: by its fixed part before a last parameter, or segment by
+    segment where a parameter is in the middle.
+    """
 
     def __init__(self, routes: tuple[Route, ...]) -> None:
-        # Segments with None for parameters → their names, and the routes by method.
-        self._paths: dict[tuple[str | None, ...], tuple[tuple[str, ...], dict[str, Route]]] = {}
+        self._fixed: dict[str, dict[str, Route]] = {}
+        self._last: dict[str, tuple[str, dict[str, Route]]] = {}
+        self._middle: dict[tuple[str, str], tuple[str, dict[str, Route]]] = {}
         for route in routes:
-            segments = route.template.split("/")[1:]
-            shape = tuple(None if part.startswith("{") else part for part in segments)
-            parameters = tuple(part[1:-1] for part in segments if part.startswith("{"))
-            self._paths.setdefault(shape, (parameters, {}))[1][route.method] = route
+            head, opening, rest = route.template.partition("{")
+            parameter, _, tail = rest.partition("}")
+            if not opening:
+                self._fixed.setdefault(head, {})[route.method] = route
+            elif not tail:
+                self._last.setdefault(head, (parameter, {}))[1][route.method] = route
+            else:
+                self._middle.setdefault((head, tail), (parameter, {}))[1][route.method] = route
 
     def find(self, path: str) -> tuple[dict[str, Route], dict[str, str]] | None:
         """The routes by method and the parameters of a percent-encoded path, or None.
@@ -195,15 +202,15 @@ class RouteTable:
         Raises:
             RequestError: a parameter is not UTF-8.
         """
-        segments = path.split("/")[1:]
-        for shape, (names, methods) in self._paths.items():
-            if len(shape) == len(segments) and all(
-                part is None or part == given for part, given in zip(shape, segments, strict=True)
-            ):
-                values = [
-                    decode_segment(given)
-                    for part, given in zip(shape, segments, strict=True)
-                    if part is None
-                ]
-                return methods, dict(zip(names, values, strict=True))
+        cut = path.rfind("/") + 1
+        last = self._last.get(path[:cut])
+        if last is not None:
+            return last[1], {last[0]: decode_segment(path[cut:])}
+        fixed = self._fixed.get(path)
+        if fixed is not None:
+            return fixed, {}
+        before = path.rfind("/", 0, cut - 1) + 1
+        middle = self._middle.get((path[:before], path[cut - 1 :]))
+        if middle is not None:
+            return middle[1], {middle[0]: decode_segment(path[before : cut - 1])}
         return None

@@ -1,8 +1,12 @@
 """`flowmason-secrets serve`."""
 
 import asyncio
+import errno
+import os
 import signal
+import socket
 import ssl
+from functools import partial
 from pathlib import Path
 
 import click
@@ -10,15 +14,54 @@ import click
 from .. import app, config
 from ..core.errors import ConfigurationError
 
+_DEFAULTS = config.Settings()
 
-@click.command()
-@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-@click.option("--port", type=click.IntRange(0, 65535), help="TCP port.  [default: 8700]")
-@click.option("--unix-socket", type=click.Path(path_type=Path), help="Listen here instead.")
+_ADDRESS_ERRORS = frozenset(
+    {
+        errno.EACCES,
+        errno.EADDRINUSE,
+        errno.EADDRNOTAVAIL,
+        errno.EAFNOSUPPORT,
+        errno.ENOENT,
+        errno.ENOTDIR,
+    }
+)
+
+
+class _ServeCommand(click.Command):
+    """Its help lists the environment variables."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        described = []
+        for variable, (field, purpose) in config.VARIABLES.items():
+            default = getattr(_DEFAULTS, field)
+            number = f"{default:g}" if isinstance(default, float) else default
+            shown = f"  [default: {number}]" if default != () else ""
+            described.append((config.PREFIX + variable, purpose + shown))
+        with formatter.section("Environment; options come first"):
+            formatter.write_dl(described)
+
+
+@click.command(cls=_ServeCommand)
+@click.option("--host", show_default=_DEFAULTS.host, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    show_default=str(_DEFAULTS.port),
+    help="TCP port; 0 takes a free one.",
+)
+@click.option(
+    "--unix-socket", type=click.Path(path_type=Path), help="Listen on this socket instead of TCP."
+)
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="Private key, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--behind-proxy", is_flag=True, help="Somebody else ends TLS and names the client.")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="The data directory.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    show_default=str(_DEFAULTS.data_dir),
+    help="The data directory.",
+)
 @click.option("--production", is_flag=True, help="Refuse to start without a strong master key.")
 def serve(
     host: str | None,
@@ -39,7 +82,17 @@ def serve(
     listen = app.Listen(
         settings.host, settings.port, unix_socket, _tls(tls_cert, tls_key), behind_proxy
     )
-    app.run(_serve(settings, listen))
+    try:
+        app.run(_serve(settings, listen))
+    except OSError as error:
+        reason = _why_not_there(error)
+        if reason is None:
+            raise
+        place = unix_socket or f"{settings.host} port {settings.port}"
+        raise click.ClickException(
+            f"Can't listen on {place}: {reason}. Choose another with "
+            f"{'--unix-socket' if unix_socket else '--host and --port'}."
+        ) from None
 
 
 async def _serve(settings: config.Settings, listen: app.Listen) -> None:
@@ -47,11 +100,21 @@ async def _serve(settings: config.Settings, listen: app.Listen) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await app.serve(settings, listen, _announce, stop)
+    await app.serve(settings, listen, partial(_announce, listen), stop)
 
 
-def _announce(url: str) -> None:
+def _announce(listen: app.Listen, url: str) -> None:
+    if listen.unix_socket is not None:
+        # As `--url` takes it.
+        url = f"unix:{listen.unix_socket.absolute()}"
     click.echo(f"flowmason-secrets is ready on {url}")
+
+
+def _why_not_there(error: OSError) -> str | None:
+    """Why the address can't be listened on; None if the error is about something else."""
+    if isinstance(error, socket.gaierror) or error.errno is None:
+        return str(error.strerror or error)
+    return os.strerror(error.errno) if error.errno in _ADDRESS_ERRORS else None
 
 
 def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
@@ -61,5 +124,13 @@ def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
         raise ConfigurationError("--tls-cert and --tls-key go together.")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(cert, key)
+    try:
+        # The empty password makes an encrypted key an error instead of a question.
+        context.load_cert_chain(cert, key, password="")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise click.ClickException(
+            f"{cert} and {key} can't be used for TLS: {reason}. Both must be PEM files that belong "
+            "together, the key without a password."
+        ) from None
     return context

@@ -131,7 +131,9 @@ class Ids:
             start = 0
         self._used = start + 20
         r = self._pool[start : start + 20]
-        ms = f"{int(self._clock() * 1000):012x}"
+        ms = "%012x" % int(self._clock() * 1000)  # noqa: UP031 - the fastest of them
         # The variant is the two top bits of its nibble: 10xx.
-        variant = "89ab"[int(r[3], 16) & 3]
-        return f"{ms[:8]}-{ms[8:]}-7{r[:3]}-{variant}{r[4:7]}-{r[7:19]}"
+        return f"{ms[:8]}-{ms[8:]}-7{r[:3]}-{_VARIANT[r[3]]}{r[4:7]}-{r[7:19]}"
+
+
+_VARIANT = {f"{nibble:x}": "89ab"[nibble & 3] for nibble in range(16)}

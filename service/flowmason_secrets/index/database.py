@@ -19,7 +19,7 @@ VERSION = 1
 _SCHEMA = """
 create table state (
     id integer primary key check (id = 1), position integer not null, sealed integer not null,
-    filled integer not null, block integer not null,
+    columns integer not null, filled integer not null, block integer not null,
     segment integer not null, "offset" integer not null, event text not null
 );
 create table term (
@@ -133,6 +133,11 @@ class Database:
         with self._alone():
             connection = self._connection = self._connect()
             self._configure(connection)
+        # A value that was misspelt there would not be found, and nothing else would tell.
+        for table in ("term", "secret"):
+            (found,) = connection.execute(f"pragma integrity_check({table})").fetchone()
+            if found != "ok":
+                raise Damaged(found)
         return connection
 
     def discard(self, reason: str) -> None:
@@ -197,7 +202,9 @@ class Database:
         with transaction(connection, "immediate"):
             for statement in _SCHEMA.split(";\n"):
                 connection.execute(statement)
-            connection.execute("insert into state values (1, 0, 0, 0, ?, 0, 0, '')", (self._block,))
+            connection.execute(
+                "insert into state values (1, 0, 0, 0, 0, ?, 0, 0, '')", (self._block,)
+            )
             self._fill(connection)
             connection.execute(f"pragma user_version = {VERSION}")
 

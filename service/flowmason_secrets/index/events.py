@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
@@ -12,11 +12,15 @@ from ..core.events import Line, is_change
 from ..core.ports import Chunk, Tail
 from .database import Damaged, transaction
 from .listing import Changed, note
-from .postings import seal
+from .sealing import seal_column, seal_rows
 from .terms import ACTION, ACTOR, NAME, ORG, SUCCESS, TYPE, Terms
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+
+# How many whole blocks may wait for their postings while there are events to index: sealing takes
+# longer than a query that finds a few new events should.
+_WAITING = 2
 
 # seq, segment, offset, time in microseconds, and the terms: organisation, resource type, action,
 # success, name, actor.
@@ -24,7 +28,8 @@ Row = tuple[int, int, int, int, int, int, int, int, int, int]
 
 
 class State(NamedTuple):
-    """How far the index is: `position` events, of which the first `sealed` have postings.
+    """How far the index is: `position` events, of which the first `sealed` have postings, and those
+    of the next block for `columns` of their columns.
 
     What changed before `filled` was in the metadata when the listing was filled. `segment`,
     `offset` and `event` are the place and the id of the last event.
@@ -32,6 +37,7 @@ class State(NamedTuple):
 
     position: int
     sealed: int
+    columns: int
     filled: int
     block: int
     segment: int
@@ -44,7 +50,7 @@ def state(connection: sqlite3.Connection) -> State:
     Damaged: there is none, or one that can't be.
     """
     row = connection.execute(
-        'select position, sealed, filled, block, segment, "offset", event from state where id = 1'
+        'select position, sealed, columns, filled, block, segment, "offset", event from state'
     ).fetchone()
     if row is None:
         raise Damaged("its state is missing")
@@ -52,7 +58,7 @@ def state(connection: sqlite3.Connection) -> State:
     # SQLite may hand out any type if the file is damaged.
     if any(type(value) is not int for value in found[:-1]):
         raise Damaged("its state is not made of numbers")
-    if not 0 <= found.sealed <= found.position < found.sealed + found.block:
+    if not 0 <= found.sealed <= found.position or found.sealed % found.block:
         raise Damaged("its state contradicts itself")
     return found
 
@@ -73,6 +79,8 @@ def fetch(tail: Tail, seq: int, segment: int, offset: int) -> Line:
     Damaged: the log has no such event there; its segment may have been archived.
     """
     try:
+        if segment < 0 or offset < 0:
+            raise ValueError("a negative place")
         line: Line = orjson.loads(tail.line(segment, offset))
         if line["seq"] == seq:
             return line
@@ -82,24 +90,39 @@ def fetch(tail: Tail, seq: int, segment: int, offset: int) -> Line:
     raise Damaged(f"event {seq} is not where it should be")
 
 
-def extend(terms: Terms, connection: sqlite3.Connection, tail: Tail, stop: int, most: int) -> int:
-    """Index at most `most` events below `stop` in one transaction; return the new position.
+def extend(terms: Terms, connection: sqlite3.Connection, tail: Tail, stop: int, most: int) -> bool:
+    """Take one step in one transaction; whether there was one to take.
 
-    What another process indexed meanwhile is not indexed again.
+    A step indexes at most `most` events below `stop`, or seals a column of a whole block. What
+    another process did meanwhile is not done again.
 
     Raises:
         LogDamaged: the log does not hold the events it should.
+        Damaged: events that were not indexed yet have been archived.
     """
     terms.trim()
     try:
         with transaction(connection, "immediate"):
             known = state(connection)
-            if known.position < stop:
-                return _extend(terms, connection, tail, known, (stop, most))
-            return known.position
+            waiting = known.position - known.sealed
+            bound = known.block * (_WAITING if most < known.block else 1)
+            if waiting >= (known.block if known.position >= stop else bound):
+                _seal(connection, known)
+            elif known.position < stop:
+                _extend(terms, connection, tail, known, (stop, most))
+            else:
+                return False
+            return True
     except BaseException:
         terms.forget()
         raise
+
+
+def _seal(connection: sqlite3.Connection, known: State) -> None:
+    if seal_column(connection, known.sealed, known.block, known.columns):
+        connection.execute("update state set columns = 0, sealed = sealed + block")
+    else:
+        connection.execute("update state set columns = columns + 1")
 
 
 def _extend(
@@ -108,7 +131,7 @@ def _extend(
     tail: Tail,
     known: State,
     bounds: tuple[int, int],
-) -> int:
+) -> None:
     rows: list[Row] = []
     changed: set[Changed] = set()
     batch = _batch(tail, known, *bounds)
@@ -123,22 +146,26 @@ def _extend(
     connection.executemany("insert into event values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     for change in changed:
         note(connection, tail, change)
-    position = rows[-1][0] + 1
-    sealed = _seal(connection, known, position, rows)
+    first, position = rows[0][0], rows[-1][0] + 1
+    # A log whose beginning was archived has no events in the blocks before.
+    sealed = known.sealed if known.position else first - first % known.block
+    if len(rows) == known.block and first == sealed:
+        seal_rows(connection, rows, known.block)
+        sealed = position
     connection.execute(
         'update state set position = ?, sealed = ?, segment = ?, "offset" = ?, event = ?',
         (position, sealed, rows[-1][1], rows[-1][2], last["id"]),
     )
-    return position
 
 
 def _batch(tail: Tail, known: State, stop: int, most: int) -> Iterator[Chunk]:
-    """The next lines: not over the end of a block, which is sealed as soon as it is whole."""
+    """The next lines, not over the end of a block."""
     start, end = known.position, 0
     for chunk in tail.chunks(start, stop):
         if not end:
-            # The log begins later than the index ends if segments were archived in between.
-            start = max(start, chunk.first)
+            if chunk.first > start > 0:
+                raise Damaged(f"the log begins with event {chunk.first} by now")
+            start = start or chunk.first
             end = min(start + most, start - start % known.block + known.block, stop)
         if chunk.first != start:
             raise LogDamaged(f"Event {start} is missing from the log.")
@@ -225,30 +252,3 @@ def _decode(raw: bytes, seq: int) -> Line:
 
 def _micros(time: str) -> int:
     return (datetime.fromisoformat(time) - _EPOCH) // _MICROSECOND
-
-
-def _seal(connection: sqlite3.Connection, known: State, position: int, rows: list[Row]) -> int:
-    """Write the postings of the blocks that are whole; return how many events have theirs."""
-    block, sealed = known.block, known.sealed
-    while sealed + block <= position:
-        in_hand = len(rows) == block and rows[0][0] == sealed
-        whole = rows if in_hand else _stored(connection, sealed, sealed + block)
-        if whole:
-            _seal_block(connection, whole, sealed // block, block)
-        sealed += block
-    return sealed
-
-
-def _seal_block(connection: sqlite3.Connection, rows: list[Row], number: int, block: int) -> None:
-    seqs, _, _, times, *columns = zip(*rows, strict=True)
-    places = [seq - number * block for seq in seqs]
-    connection.executemany(
-        "insert into posting values (?, ?)", seal(columns, places, number, block)
-    )
-    connection.execute("insert into block values (?, ?, ?)", (number, min(times), max(times)))
-
-
-def _stored(connection: sqlite3.Connection, low: int, high: int) -> list[Any]:
-    return connection.execute(
-        "select * from event where seq >= ? and seq < ?", (low, high)
-    ).fetchall()

@@ -33,7 +33,7 @@ def seal(
 
     `columns` hold one term of each event, `places` where in the block each event is.
     """
-    found = {EVERY: _encode(places, block)}
+    found: dict[int, bytes] = {}
     for column in columns:
         terms = set(column) - {EVERY}
         whole = len(places) == block
@@ -42,6 +42,12 @@ def seal(
     for term in sorted(found):
         where = key(number, term)
         yield where, found[term] + _check(found[term], where)
+
+
+def every(places: Sequence[int], number: int, block: int) -> tuple[int, bytes]:
+    """The key and the posting of the term that every event carries."""
+    where, data = key(number, EVERY), _encode(places, block)
+    return where, data + _check(data, where)
 
 
 def _by_event(

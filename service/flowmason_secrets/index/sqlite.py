@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 # Steps of the background, each some ten milliseconds long: a query waits for at most one.
-_EVENTS = 2048
+_EVENTS = 1024
 _SECRETS = 128
 
 # How many secrets a listing looks at before other queries get their turn.
@@ -135,12 +135,9 @@ class SqliteIndex:
     def _advance(self, opened: _Open) -> tuple[bool, float]:
         """One small step; whether there is more to do, and how many seconds it took."""
         began = time.perf_counter()
-        stop = self._position()
-        if events.state(opened.connection).position < stop:
-            self._extend(opened, stop, _EVENTS)
-            more = True
-        else:
-            more = listing.load(opened.connection, self._tail, None, _SECRETS)
+        more = self._extend(opened, self._position(), _EVENTS) or listing.load(
+            opened.connection, self._tail, None, _SECRETS
+        )
         return more, time.perf_counter() - began
 
     def _page(
@@ -154,12 +151,13 @@ class SqliteIndex:
             return listing.page(opened.connection, query, _SCAN)
 
     def _catch_up(self, opened: _Open, position: int) -> None:
-        while events.state(opened.connection).position < position:
+        while (known := events.state(opened.connection)).position < position:
             self._check_open()
-            self._extend(opened, position, self._block)
+            behind = position - known.position
+            self._extend(opened, position, self._block if behind > self._block else _EVENTS)
 
-    def _extend(self, opened: _Open, stop: int, most: int) -> None:
-        events.extend(opened.terms, opened.connection, self._tail, stop, most)
+    def _extend(self, opened: _Open, stop: int, most: int) -> bool:
+        return events.extend(opened.terms, opened.connection, self._tail, stop, most)
 
     def _check_open(self) -> None:
         if self._closing:

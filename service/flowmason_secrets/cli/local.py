@@ -1,0 +1,103 @@
+"""The target on this machine: the service itself, over the data directory."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from .. import app
+from ..api import shapes
+from ..config import Settings
+from ..core.drafts import Draft, KeyDraft, Precondition
+from ..core.ports import AuditQuery, ListQuery
+from ..service import Service
+from .target import Filters, Stored
+
+# "All of them" of a listing.
+_UNLIMITED = 1 << 62
+
+
+class OrganisationEntry(shapes.AuditEntry, frozen=True, kw_only=True):
+    """An event of any organisation, or of none: the log's own."""
+
+    org_id: str | None
+
+
+class LocalTarget:
+    """The secrets of an organisation in a data directory. Without one: only `audit`, of all."""
+
+    def __init__(self, service: Service, org_id: str | None) -> None:
+        self._service = service
+        self._org_id = org_id
+        # The stand-in is recorded nowhere: an audit query of a local caller is never refused.
+        self._caller = app.local_caller("-" if org_id is None else org_id)
+
+    async def get(self, name: str) -> shapes.SecretValue:
+        metadata, value, _ = await self._service.get(self._caller, name)
+        return shapes.SecretValue(
+            metadata.name, value.reveal(), metadata.category, False, metadata.version
+        )
+
+    async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
+        metadata, created, _ = await self._service.set(self._caller, draft, precondition)
+        return Stored(shapes.metadata_out(metadata, time.time()), metadata.etag, created)
+
+    async def delete(self, name: str, precondition: Precondition | None) -> shapes.Message:
+        await self._service.delete(self._caller, name, precondition)
+        return shapes.Message(f"Secret '{name}' deleted")
+
+    async def metadata(self, name: str) -> Stored:
+        metadata = await self._service.metadata(self._caller, name)
+        return Stored(shapes.metadata_out(metadata, time.time()), metadata.etag)
+
+    async def listing(self, filters: Filters) -> list[shapes.SecretMetadata]:
+        now = time.time()
+        query = ListQuery(
+            self._caller.principal.org_id,
+            now,
+            filters.category,
+            filters.prefix,
+            filters.expired,
+            limit=_UNLIMITED,
+        )
+        pages = self._service.listing(self._caller, query)
+        return [shapes.metadata_out(entry, now) async for page in pages for entry in page]
+
+    async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:
+        query = query._replace(org_id=self._org_id)
+        lines = await self._service.audit(self._caller, query)
+        if self._org_id is not None:
+            return [shapes.audit_out(line) for line in lines]
+        return [
+            OrganisationEntry(
+                **msgspec.structs.asdict(shapes.audit_out(line)), org_id=line["org_id"]
+            )
+            for line in lines
+        ]
+
+    async def create_key(self, draft: KeyDraft) -> shapes.ApiKeyIssued:
+        issued = await self._service.keys.issue(self._caller, draft)
+        return shapes.ApiKeyIssued(shapes.api_key_out(issued.key, time.time()), issued.raw.reveal())
+
+    async def keys(self) -> list[shapes.ApiKeyOut]:
+        now = time.time()
+        return [shapes.api_key_out(key, now) for key in await self._service.keys.all(self._caller)]
+
+    async def revoke_key(self, key_id: str) -> shapes.Message:
+        await self._service.keys.revoke(self._caller, key_id)
+        return shapes.Message(f"API key '{key_id}' revoked")
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Settings, org_id: str | None) -> AsyncIterator[LocalTarget]:
+    """The data directory for the duration of a block, beside whatever else works on it.
+
+    Raises:
+        LogUnavailable, LogDamaged: the data directory can't be used.
+    """
+    service = await app.open_service(settings)
+    try:
+        yield LocalTarget(service, org_id)
+    finally:
+        await service.close()

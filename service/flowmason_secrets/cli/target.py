@@ -1,0 +1,63 @@
+"""What the commands work on: a data directory or a server, behind one interface."""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple, Protocol
+
+from ..api import shapes
+from ..core.drafts import Draft, KeyDraft, Precondition
+from ..core.ports import AuditQuery
+
+
+class Stored(NamedTuple):
+    """A secret's metadata as it is stored now; `created` if this made it."""
+
+    metadata: shapes.SecretMetadata
+    etag: str
+    created: bool = False
+
+
+class Filters(NamedTuple):
+    """Which secrets a listing shows; None: all of them."""
+
+    category: str | None = None
+    prefix: str | None = None
+    expired: bool | None = None
+
+
+class Target(Protocol):
+    """The operations of one organisation.
+
+    All of them raise SecretsError or click.ClickException, whose text is safe to show.
+    """
+
+    async def get(self, name: str) -> shapes.SecretValue:
+        """The value; this read is in the event log."""
+
+    async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
+        """Create the secret, or replace all of it."""
+
+    async def delete(self, name: str, precondition: Precondition | None) -> shapes.Message:
+        """Delete the secret."""
+
+    async def metadata(self, name: str) -> Stored:
+        """Everything about the secret but its value."""
+
+    async def listing(self, filters: Filters) -> list[shapes.SecretMetadata]:
+        """The secrets, sorted by name."""
+
+    async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:
+        """Matching events, newest first. Whose events is for the target to say, not the query."""
+
+    async def create_key(self, draft: KeyDraft) -> shapes.ApiKeyIssued:
+        """A new API key."""
+
+    async def keys(self) -> list[shapes.ApiKeyOut]:
+        """All API keys, oldest first, the revoked ones included."""
+
+    async def revoke_key(self, key_id: str) -> shapes.Message:
+        """Revoke an API key: when this returns, nobody accepts it any more."""
+
+
+# Opens a target for the duration of a block.
+Place = Callable[[], AbstractAsyncContextManager[Target]]

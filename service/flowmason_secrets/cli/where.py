@@ -1,0 +1,106 @@
+"""The options that say where a command works: `--org` and `--data-dir` here, or `--url`."""
+
+import functools
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from .. import app, config
+from ..core.errors import ConfigurationError
+from ..core.names import check_org
+from . import local, remote
+from .target import Place, Target
+
+T = TypeVar("T")
+Command = Callable[..., None]
+
+API_KEY = "FLOWMASON_API_KEY"
+
+
+def target_options(
+    *, creates: bool = False, all_organisations: bool = False
+) -> Callable[[Command], Command]:
+    """Give a command the options and, as its first argument, the place that they name.
+
+    `creates`: it may be the first command ever in a data directory. `all_organisations`: on a data
+    directory, it works without `--org` too.
+    """
+
+    def decorate(command: Command) -> Command:
+        @click.option("--org", help="Organisation in the local data directory.")
+        @click.option(
+            "--data-dir",
+            type=click.Path(path_type=Path),
+            help=f"The data directory.  [default: {config.PREFIX}DIR or "
+            f"{config.Settings().data_dir}]",
+        )
+        @click.option("--url", help=f"A server instead; its API key comes from {API_KEY}.")
+        @click.option("--insecure", is_flag=True, help="Send the API key over plain HTTP.")
+        @functools.wraps(command)
+        def wrapped(
+            org: str | None,
+            data_dir: Path | None,
+            url: str | None,
+            insecure: bool,
+            **rest: object,
+        ) -> None:
+            if url is not None:
+                if org is not None or data_dir is not None:
+                    raise click.UsageError(
+                        "--url goes with neither --org nor --data-dir: on a server, the API key "
+                        "says which organisation it is."
+                    )
+                command(_server(url, insecure), **rest)
+                return
+            if insecure:
+                raise click.UsageError("--insecure goes with --url.")
+            if org is None and not all_organisations:
+                raise click.UsageError(
+                    "Give --org ORG for the data directory on this machine, or --url URL for a "
+                    "server."
+                )
+            command(_directory(org, data_dir, creates), **rest)
+
+        return wrapped
+
+    return decorate
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="JSON, in the shapes of the HTTP API."
+)
+
+
+def perform(place: Place, work: Callable[[Target], Awaitable[T]]) -> T:
+    """Open the place, work there, close it again."""
+    results: list[T] = []
+
+    async def main() -> None:
+        async with place() as target:
+            results.append(await work(target))
+
+    app.run(main())
+    return results[0]
+
+
+def _server(url: str, insecure: bool) -> Place:
+    api_key = os.environ.get(API_KEY)
+    if not api_key:
+        raise click.UsageError(f"--url needs an API key in the environment variable {API_KEY}.")
+    return functools.partial(remote.opened, remote.server(url, api_key, insecure))
+
+
+def _directory(org: str | None, data_dir: Path | None, creates: bool) -> Place:
+    settings = app.with_overrides(config.from_environment(), data_dir=data_dir)
+    if org is not None:
+        check_org(org)
+    # Opening it would make it: a mistyped path has to say so instead of being empty.
+    if not creates and not settings.root.is_dir():
+        raise ConfigurationError(
+            f"There is no data directory {settings.root}. Name it with --data-dir or "
+            f"{config.PREFIX}DIR; 'set', 'keys create' and 'serve' make a new one."
+        )
+    return functools.partial(local.opened, settings, org)

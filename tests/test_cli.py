@@ -1,0 +1,553 @@
+"""The command line as users run it: processes, on a data directory and on a server."""
+
+import asyncio
+import contextlib
+import fcntl
+import getpass
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import pytest
+
+from flowmason_secrets import app
+from flowmason_secrets.core.ports import AuditQuery
+
+from .harness.server import MASTER_KEY, ServerProcess, issue_key, serving, settings_for
+
+PROGRAM = (sys.executable, "-m", "flowmason_secrets")
+
+# More at once would only make all of them slow.
+_runs = ThreadPoolExecutor(4)
+
+
+class Ended(NamedTuple):
+    """How a run of the program ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Its stdout, which is one line of JSON."""
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+    def failed(self, code: int, *words: str) -> None:
+        """Assert that it ended so: nothing on stdout, one line with these words on stderr."""
+        assert self.code == code, self
+        assert self.out == ""
+        assert self.err.startswith("flowmason-secrets: ")
+        assert self.err.count("\n") == 1, self.err
+        for word in words:
+            assert word in self.err
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of this process without what concerns the program, and with these."""
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("FLOWMASON_")}
+    return kept | variables
+
+
+async def run(
+    *arguments: str,
+    stdin: bytes = b"",
+    stdout: int = subprocess.PIPE,
+    variables: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run the program to its end."""
+    ended = await asyncio.get_running_loop().run_in_executor(
+        _runs,
+        lambda: subprocess.run(
+            (*PROGRAM, *arguments),
+            env=environment(**(variables or {})),
+            input=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        ),
+    )
+    assert b"Traceback" not in ended.stderr
+    return Ended(ended.returncode, (ended.stdout or b"").decode(), ended.stderr.decode())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where commands work: their options and their environment."""
+
+    data_dir: Path
+    options: tuple[str, ...]
+    variables: dict[str, str] = field(repr=False)
+    actor: str
+
+    async def run(self, *arguments: str, stdin: bytes = b"") -> Ended:
+        """Run the program there."""
+        return await run(*arguments, *self.options, stdin=stdin, variables=self.variables)
+
+    async def all(self, *commands: Sequence[str]) -> list[Ended]:
+        """Run them all, one at least as the other."""
+        return await asyncio.gather(*(self.run(*command) for command in commands))
+
+
+def local(data_dir: Path, org: str = "acme") -> Place:
+    """A data directory."""
+    options = ("--org", org, "--data-dir", str(data_dir))
+    return Place(data_dir, options, {"FLOWMASON_SECRETS_KEY": MASTER_KEY}, getpass.getuser())
+
+
+async def remote(
+    server: ServerProcess,
+    data_dir: Path,
+    scopes: tuple[str, ...] = ("full",),
+    allow: tuple[str, ...] = (),
+) -> Place:
+    """A server, with a new API key for it."""
+    key = await issue_key(data_dir, scopes=scopes, allow=allow)
+    listed = await local(data_dir).run("keys", "list", "--json")
+    actor = listed.json[-1]["id"]
+    return Place(data_dir, ("--url", server.url), {"FLOWMASON_API_KEY": key}, actor)
+
+
+@pytest.fixture(params=["local", "remote"])
+async def place(request: pytest.FixtureRequest, data_dir: Path) -> AsyncIterator[Place]:
+    """Each of the two in turn."""
+    if request.param == "local":
+        yield local(data_dir)
+    else:
+        async with serving(data_dir) as server:
+            yield await remote(server, data_dir)
+
+
+VALUES = {
+    "plain": ("s3cret\n", "s3cret"),
+    "no-newline": ("s3cret", "s3cret"),
+    "one-newline-less": ("s3cret\n\n", "s3cret\n"),
+    "only-a-newline": ("\n", ""),
+    "lines": ("-----BEGIN-----\r\nabc\n-----END-----\n", "-----BEGIN-----\r\nabc\n-----END-----"),
+    "unicode": ("naïve 密码 🔑 \u202e\n", "naïve 密码 🔑 \u202e"),
+    "controls": ("\x00\x1b[31m\t\x7f\n", "\x00\x1b[31m\t\x7f"),
+    "longest": ("x" * 65536 + "\n", "x" * 65536),
+}
+
+
+async def test_values_come_back_as_they_were(place: Place) -> None:
+    async def there_and_back(name: str, sent: str, kept: str) -> None:
+        stored = await place.run("set", name, stdin=sent.encode())
+        assert (stored.code, stored.out) == (0, "")
+        assert "Created" in stored.err
+        assert kept not in stored.err or not kept
+        plain, document = await place.all(["get", name], ["get", name, "--json"])
+        assert plain == (0, kept + "\n", "")
+        assert document.json["value"] == kept
+
+    await asyncio.gather(
+        *(there_and_back(name, sent, kept) for name, (sent, kept) in VALUES.items())
+    )
+
+
+async def test_life_of_a_secret(place: Place) -> None:
+    described = ("--description", "for tests", "--category", "token")
+    expires = ("--expires-at", "2100-01-31T12:00:00+01:00")
+    created = await place.run("set", "A b/c?".replace("/", "_"), "--json", *described, stdin=b"1")
+    assert created.json["version"] == 1
+    assert (created.json["category"], created.json["description"]) == ("token", "for tests")
+    name = created.json["name"]
+    again = await place.run("set", name, "--if-none-match", stdin=b"2")
+    again.failed(1, "nothing was changed")
+    shown, document = await place.all(["metadata", name], ["metadata", name, "--json"])
+    assert document.json == created.json
+    etag = re.search(r"^etag +(\S+)$", shown.out, re.MULTILINE)
+    assert etag is not None
+    for tag in (etag[1], f'"{etag[1]}"'):
+        updated = await place.run("set", name, "--if-match", tag, *expires, stdin=b"3")
+        assert updated.code == (0 if tag == etag[1] else 1)
+    (await place.run("delete", name, "--if-match", etag[1])).failed(1)
+    table, plain, none = await place.all(
+        ["list"], ["list", "--json"], ["list", "--json", "--category", "api_key"]
+    )
+    assert [entry["version"] for entry in plain.json] == [2]
+    assert plain.json[0]["expires_at"] == "2100-01-31T11:00:00.000000Z"
+    assert table.out.splitlines()[0].split() == [
+        *("NAME", "CATEGORY", "VERSION", "UPDATED", "EXPIRES", "DESCRIPTION")
+    ]
+    assert table.out.splitlines()[1].startswith(f"{name}  other     2        ")
+    assert none.json == []
+    deleted = await place.run("delete", name)
+    assert deleted == (0, "", f"Secret '{name}' deleted.\n")
+    for command in ("get", "metadata", "delete"):
+        (await place.run(command, name)).failed(1, "not found")
+    assert (await place.run("list")) == (0, "", "No secrets.\n")
+
+
+async def test_everything_is_in_the_audit(place: Place) -> None:
+    await place.run("set", "A", stdin=b"1")
+    await place.run("get", "A")
+    await place.run("get", "B")
+    everything, failures, reads, later, table = await place.all(
+        ["audit", "--json"],
+        ["audit", "--json", "--failed"],
+        ["audit", "--json", "--action", "secret.read", "--name", "A", "--actor", place.actor],
+        ["audit", "--json", "--since", "2100-01-01T00:00:00Z"],
+        ["audit", "--resource-type", "secret", "--success", "--limit", "1"],
+    )
+    events = [entry for entry in everything.json if entry["resource_type"] == "secret"]
+    who = "user_id" if place.options[0] == "--org" else "api_key_id"
+    assert [(entry["action"], entry["success"], entry[who]) for entry in events] == [
+        ("secret.read", False, place.actor),
+        ("secret.read", True, place.actor),
+        ("secret.create", True, place.actor),
+    ]
+    assert [entry["details"]["name"] for entry in failures.json] == ["B"]
+    assert [entry["details"]["name"] for entry in reads.json] == ["A"]
+    assert later.json == []
+    assert len(table.out.splitlines()) == 2
+    assert "secret.read" in table.out
+
+
+async def test_api_keys(place: Place) -> None:
+    limits = ("--scope", "full", "--scope", "read", "--allow", "app-*", "--allow", "x")
+    raw, document = await place.all(
+        ["keys", "create", "--name", "first key"],
+        ["keys", "create", "--name", "limited", *limits, "--json"],
+    )
+    assert re.fullmatch(r"fm_live_[0-9a-f]{48}\n", raw.out)
+    assert raw.out.strip() not in raw.err
+    limited = document.json["api_key"]
+    assert (limited["scopes"], limited["allow"]) == (["full", "read"], ["app-*", "x"])
+    table, listed = await place.all(["keys", "list"], ["keys", "list", "--json"])
+    by_name = {key["name"]: key for key in listed.json}
+    assert by_name["limited"] == limited
+    assert "live" in table.out
+    assert "app-* x" in table.out
+    assert raw.out.strip() not in table.out + listed.out
+    async with serving(place.data_dir) as server:
+        options = ("list", "--url", server.url)
+        assert (await run(*options, variables={"FLOWMASON_API_KEY": raw.out})).code == 0
+        revoked = await place.run("keys", "revoke", by_name["first key"]["id"])
+        assert (revoked.code, revoked.out) == (0, "")
+        refused = await run(*options, variables={"FLOWMASON_API_KEY": raw.out})
+        refused.failed(1, "FLOWMASON_API_KEY", "revoked")
+    (await place.run("keys", "revoke", by_name["first key"]["id"])).failed(1, "already revoked")
+    assert "revoked" in (await place.run("keys", "list")).out
+
+
+async def test_audit_of_a_directory_is_of_all_organisations(data_dir: Path) -> None:
+    acme, other = local(data_dir), local(data_dir, "other")
+    await acme.run("set", "A", stdin=b"1")
+    await acme.run("get", "A")
+    await other.run("set", "B", stdin=b"1")
+    document, table = await asyncio.gather(
+        *(
+            run(
+                "audit",
+                "--data-dir",
+                str(data_dir),
+                *more,
+                variables={"FLOWMASON_SECRETS_KEY": MASTER_KEY},
+            )
+            for more in (["--json"], [])
+        )
+    )
+    seen = [(entry["org_id"], entry["action"]) for entry in document.json]
+    assert seen[:3] == [
+        ("other", "secret.create"),
+        ("acme", "secret.read"),
+        ("acme", "secret.create"),
+    ]
+    assert seen[-1] == (None, "log.segment")
+    assert "ORGANISATION" in table.out
+    lines = (data_dir / "events" / "audit-000000000000.ndjson").read_text().splitlines()
+    kinds = [json.loads(line)["actor_type"] for line in lines]
+    assert kinds == ["system", "local", "local", "local"]
+
+
+async def test_audit_of_a_server_goes_on_past_its_pages(data_dir: Path) -> None:
+    service = await app.open_service(settings_for(data_dir))
+    try:
+        caller = app.local_caller("acme")
+        refused = [service.get(caller, f"none-{number}") for number in range(1100)]
+        await asyncio.gather(*refused, return_exceptions=True)
+        lines = await service.audit(caller, AuditQuery("acme", limit=2000))
+        expected = [line["id"] for line in lines]
+        assert len(expected) == 1100
+    finally:
+        await service.close()
+    async with serving(data_dir) as server:
+        there = await remote(server, data_dir)
+        found = await there.run("audit", "--limit", "1050", "--name", "none-7", "--json")
+        assert len(found.json) == 1
+        found = await there.run("audit", "--limit", "1050", "--failed", "--json")
+        assert [entry["id"] for entry in found.json] == expected[:1050]
+
+
+async def test_works_beside_a_server(data_dir: Path) -> None:
+    async with serving(data_dir) as server:
+        there, here = await remote(server, data_dir), local(data_dir)
+        await there.run("set", "A", stdin=b"from there")
+        assert (await here.run("get", "A")).out == "from there\n"
+        await here.run("set", "A", stdin=b"from here")
+        assert (await there.run("get", "A")).out == "from here\n"
+
+
+HOSTILE = "\x1b]0;pwned\x07 \x9b31m \x7f \u202etxt [red]x[/red] :smile: a\nb\tc\rd"
+ESCAPED = r"\x1b]0;pwned\x07 \x9b31m \x7f \u202etxt [red]x[/red] :smile: a\nb\tc\rd"
+
+
+async def test_nothing_stored_moves_the_terminal(place: Place) -> None:
+    await place.run("set", "[bold]A[/bold]", "--description", HOSTILE, stdin=b"1")
+    await place.run("get", HOSTILE)
+    if "--url" in place.options:
+        key, url = place.variables["FLOWMASON_API_KEY"], place.options[-1]
+        headers = {"User-Agent": "agent \x9b31m", "Authorization": f"Bearer {key}"}
+        async with aiohttp.ClientSession(url, headers=headers) as client:
+            await client.get("/api/v1/secrets/none")
+    commands = (["list"], ["metadata", "[bold]A[/bold]"], ["audit", "--failed"])
+    tables = await place.all(*commands)
+    documents = await place.all(*([*command, "--json"] for command in commands))
+    for ended in (*tables, *documents):
+        assert ended.code == 0
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", ended.out)
+    assert all(ESCAPED in ended.out for ended in tables)
+    assert all("[bold]A[/bold]" in ended.out for ended in tables[:2])
+    assert documents[0].json[0]["description"] == HOSTILE
+    assert documents[2].json[-1]["details"]["name"] == HOSTILE
+    (await place.run("delete", HOSTILE)).failed(1, r"\x1b]0;pwned")
+
+
+ANYWHERE = [["--org", "acme"], ["--url", "http://127.0.0.1:1"]]
+
+USAGE: dict[str, tuple[list[str], str]] = {
+    "no target": (["get", "A"], "--org ORG"),
+    "no target for audit on a server": (["audit", "--insecure"], "--insecure"),
+    "two targets": (["get", "A", "--org", "x", "--url", "https://x"], "--org"),
+    "directory of a server": (["get", "A", "--data-dir", "x", "--url", "https://x"], "--data-dir"),
+    "keys without target": (["keys", "list"], "--org ORG"),
+    "plain http": (["get", "A", "--url", "http://192.0.2.1"], "--insecure"),
+    "no url": (["get", "A", "--url", "example.org"], "--url must be like"),
+    "other scheme": (["get", "A", "--url", "ftp://example.org"], "--url must be like"),
+    "url with password": (["get", "A", "--url", "https://u:p@example.org"], "--url"),
+    "no command": (["nothing"], "No such command"),
+    "no name": (["get", "--org", "acme"], "NAME"),
+    "empty organisation": (["list", "--org", ""], "org_id"),
+    "category": (["set", "A", "--org", "acme", "--category", "x"], "--category"),
+    "scope": (["keys", "create", "--name", "x", "--org", "a", "--scope", "x"], "--scope"),
+    "limit": (["audit", "--org", "acme", "--limit", "0"], "--limit"),
+    "time": (["audit", "--since", "yesterday"], "since: must be an RFC 3339 time"),
+    "both preconditions": (
+        ["set", "A", "--org", "a", "--if-match", "1", "--if-none-match"],
+        "exclude each other",
+    ),
+    "etag": (["delete", "A", "--org", "acme", "--if-match", 'a"b'], "ETag"),
+    "name": (["set", "a/b", "--org", "acme"], "must not contain '/'"),
+    "empty stdin": (["set", "A", "--org", "acme"], "stdin is empty"),
+    "not utf-8": (["get", "\udcff", "--org", "acme"], "Argument 2 is not UTF-8"),
+}
+
+
+async def test_usage_errors(data_dir: Path) -> None:
+    data_dir.mkdir()
+    variables = {"FLOWMASON_API_KEY": "k", "FLOWMASON_SECRETS_DIR": str(data_dir)}
+    ended = await asyncio.gather(
+        *(run(*arguments, variables=variables) for arguments, _ in USAGE.values())
+    )
+    for (_, words), end in zip(USAGE.values(), ended, strict=True):
+        end.failed(2, words)
+    assert not list(data_dir.iterdir())
+
+
+@pytest.mark.parametrize("target", ANYWHERE, ids=["local", "remote"])
+async def test_a_value_is_no_argument(target: list[str], data_dir: Path) -> None:
+    variables = {"FLOWMASON_API_KEY": "k", "FLOWMASON_SECRETS_DIR": str(data_dir)}
+    for arguments in (["A", "s3cret"], ["--value=s3cret", "A"], ["A", "--value", "s3cret"]):
+        ended = await run("set", *arguments, *target, stdin=b"1", variables=variables)
+        ended.failed(2)
+        assert "s3cret" not in ended.err
+    assert not data_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [(b"x" * 65537, "more than 65536 bytes"), (b"s3cret\xff", "not UTF-8")],
+    ids=["too long", "binary"],
+)
+async def test_values_that_are_none(sent: bytes, words: str, data_dir: Path) -> None:
+    ended = await local(data_dir).run("set", "A", stdin=sent)
+    ended.failed(2, words)
+    assert "s3cret" not in ended.err
+
+
+async def test_servers_refuse_as_directories_do(data_dir: Path) -> None:
+    async with serving(data_dir) as server:
+        full = await remote(server, data_dir)
+        limited = await remote(server, data_dir, allow=("app-*",))
+        reader = await remote(server, data_dir, scopes=("read",))
+        (await full.run("set", "A", "--expires-at", "tomorrow", stdin=b"1")).failed(2, "RFC 3339")
+        (await limited.run("get", "A")).failed(1, "may not use the name 'A'")
+        (await limited.run("keys", "list")).failed(1, "can't manage API keys")
+        (await reader.run("get", "A")).failed(1, "scope full")
+        (await full.run("set", "old", "--expires-at", "2001-01-01T00:00:00Z", stdin=b"1"))
+        (await full.run("get", "old")).failed(1, "has expired")
+        assert "(expired)" in (await full.run("list", "--expired")).out
+        assert "old" not in (await full.run("list", "--not-expired")).out
+        wrong = await run(
+            "list", "--url", server.url, variables={"FLOWMASON_API_KEY": "fm_live_wrong"}
+        )
+        wrong.failed(1, "FLOWMASON_API_KEY")
+        assert "fm_live_wrong" not in wrong.err
+    (await full.run("get", "A")).failed(1, "can't be reached")
+
+
+ANSWERS = {
+    "html": (b"200 OK\r\nContent-Length: 6\r\n", b"<html>", "did not answer as"),
+    "bad gateway": (b"502 Bad Gateway\r\nContent-Length: 6\r\n", b"<html>", "HTTP 502"),
+    "redirect": (b"302 Found\r\nLocation: http://x/\r\nContent-Length: 0\r\n", b"", "HTTP 302"),
+    "cut off": (b"200 OK\r\nContent-Length: 99\r\n", b'{"value": "s3cret"', "can't be reached"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_others_than_our_server(answer: str) -> None:
+    head, body, words = ANSWERS[answer]
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 " + head + b"Connection: close\r\n\r\n" + body)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as other:
+        url = f"http://127.0.0.1:{other.sockets[0].getsockname()[1]}"
+        ended = await run("get", "A", "--url", url, variables={"FLOWMASON_API_KEY": "fm_live_k"})
+    ended.failed(1, words, url)
+    assert "s3cret" not in ended.err
+    assert "fm_live_k" not in ended.err
+
+
+async def test_the_default_key_is_warned_about_once(data_dir: Path) -> None:
+    options = ("--org", "acme", "--data-dir", str(data_dir))
+    stored = await run("set", "A", *options, stdin=b"1")
+    read = await run("get", "A", *options)
+    assert read.out == "1\n"
+    for ended in (stored, read):
+        assert ended.code == 0
+        assert ended.err.count("NO MASTER KEY") == 1
+    wrong = await run("get", "A", *options, variables={"FLOWMASON_SECRETS_KEY": "another"})
+    wrong.failed(1, "needs the master key default")
+
+
+async def test_a_mistyped_directory_is_not_made(data_dir: Path) -> None:
+    commands = (["get", "A"], ["list"], ["delete", "A"], ["metadata", "A"], ["keys", "list"])
+    for ended in await local(data_dir).all(*commands, ["audit"], ["keys", "revoke", "x"]):
+        ended.failed(2, "no data directory", "--data-dir")
+    assert not data_dir.exists()
+
+
+async def test_output_that_can_not_be_written(data_dir: Path) -> None:
+    here = local(data_dir)
+    await here.run("set", "A", stdin=b"1")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with contextlib.closing(os.fdopen(writing, "wb")) as broken:
+        for arguments in (["get", "A"], ["list"], ["audit", "--json"]):
+            command = (*arguments, *here.options)
+            ended = await run(*command, stdout=broken.fileno(), variables=here.variables)
+            assert ended == (1, "", "")
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("wb") as full:
+            ended = await run(
+                "get", "A", *here.options, stdout=full.fileno(), variables=here.variables
+            )
+            ended.failed(1, "No space left")
+
+
+async def test_closed_streams_are_no_files(data_dir: Path) -> None:
+    here = local(data_dir)
+    await here.run("set", "A", stdin=b"1")
+    script = 'exec "$@" <&- >&- 2>&-'
+    process = await asyncio.create_subprocess_exec(
+        "sh",
+        "-c",
+        script,
+        "sh",
+        *PROGRAM,
+        "list",
+        *here.options,
+        env=environment(variables=here.variables),
+    )
+    assert await process.wait() == 0
+    assert b"NAME" not in b"".join(file.read_bytes() for file in data_dir.rglob("*.ndjson"))
+
+
+class Terminal:
+    """A terminal of 60 columns with the program in it."""
+
+    def __init__(self) -> None:
+        self._master, self._slave = os.openpty()
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+        self.shown = ""
+
+    async def run(self, place: Place, *arguments: str, typed: Sequence[str] = ()) -> int:
+        """Run the program there, answering each prompt with what is typed; returns its code."""
+        become = (
+            "import fcntl, os, sys, termios; os.setsid(); "
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        )
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", become, *PROGRAM, *arguments, *place.options),
+            env=environment(**place.variables, TERM="xterm-256color"),
+            stdin=self._slave,
+            stdout=self._slave,
+            stderr=self._slave,
+        )
+        os.close(self._slave)
+        for line in typed:
+            before = len(self.shown)
+            while ": " not in self.shown[before:]:
+                assert await self._read()
+            os.write(self._master, line.encode() + b"\n")
+        while await self._read():
+            pass
+        os.close(self._master)
+        return await process.wait()
+
+    async def _read(self) -> bool:
+        try:
+            data = await asyncio.to_thread(os.read, self._master, 65536)
+        except OSError:
+            # Linux's way to say that nobody has the terminal open any more.
+            return False
+        self.shown += data.decode()
+        return bool(data)
+
+
+async def test_on_a_terminal(place: Place) -> None:
+    prompt = Terminal()
+    assert await prompt.run(place, "set", "A", typed=["s3cret", "s3cret"]) == 0
+    assert "Created 'A'" in prompt.shown
+    assert "s3cret" not in prompt.shown
+    mistyped = Terminal()
+    typed = ["one", "two", "s3cret", "s3cret"]
+    assert await mistyped.run(place, "set", "B", typed=typed) == 0
+    name = "[red]a very long name[/red] that does not fit " + "x" * 50
+    stored = await place.run("set", name, "--description", HOSTILE, stdin=b"1")
+    assert stored.code == 0
+    table, value = Terminal(), Terminal()
+    assert await table.run(place, "list") == 0
+    assert await value.run(place, "get", "B") == 0
+    assert value.shown == "s3cret\r\n"
+    plain = re.sub("\x1b\\[[0-9;]*m", "", table.shown)
+    assert "\x1b[1m" in table.shown
+    assert not re.search("[\x00-\x09\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202e]", plain)
+    assert max(map(len, plain.splitlines())) <= 60
