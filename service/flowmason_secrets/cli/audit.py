@@ -6,8 +6,7 @@ from ..api.shapes import AuditEntry
 from ..core import times
 from ..core.ports import AuditQuery
 from . import output
-from .local import OrganisationEntry
-from .target import Place
+from .target import OrganisationEntry, Place
 from .where import json_option, perform, target_options
 
 

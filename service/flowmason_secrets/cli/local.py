@@ -12,16 +12,10 @@ from ..config import Settings
 from ..core.drafts import Draft, KeyDraft, Precondition
 from ..core.ports import AuditQuery, ListQuery
 from ..service import Service
-from .target import Filters, Stored
+from .target import Filters, OrganisationEntry, Stored
 
 # "All of them" of a listing.
 _UNLIMITED = 1 << 62
-
-
-class OrganisationEntry(shapes.AuditEntry, frozen=True, kw_only=True):
-    """An event of any organisation, or of none: the log's own."""
-
-    org_id: str | None
 
 
 class LocalTarget:

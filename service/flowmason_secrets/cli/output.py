@@ -10,9 +10,6 @@ from collections.abc import Sequence
 import click
 import msgspec
 from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 # Controls, lone surrogates, line separators, and what changes the direction of text: a name must
 # neither move the cursor nor look like another name.
@@ -48,12 +45,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | None]]) -> None:
     """Print a table; when stdout is no terminal, as aligned lines that are never wrapped."""
     cells = [[printable(cell) if cell else "-" for cell in row] for row in rows]
     if sys.stdout.isatty():
-        drawn = Table(*header, box=None, header_style="bold", pad_edge=False)
-        for column in drawn.columns:
-            column.overflow = "fold"
-        for row in cells:
-            drawn.add_row(*(Text(cell) for cell in row))
-        Console(file=sys.stdout, highlight=False).print(drawn)
+        _draw(header, cells)
         return
     lines = [[title.upper() for title in header], *cells] if any(header) else cells
     widths = [max(cell_len(cell) for cell in column) for column in zip(*lines, strict=True)]
@@ -62,6 +54,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | None]]) -> None:
             cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)
         )
         click.echo("  ".join(padded).rstrip())
+
+
+def _draw(header: Sequence[str], cells: list[list[str]]) -> None:
+    # Takes longer to import than everything else here, and pipes don't need it.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*header, box=None, header_style="bold", pad_edge=False, show_header=any(header))
+    for column in drawn.columns:
+        column.overflow = "fold"
+    for row in cells:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console(file=sys.stdout, highlight=False).print(drawn)
 
 
 def moment(time: str | None) -> str | None:

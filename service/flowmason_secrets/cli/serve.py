@@ -8,11 +8,15 @@ import socket
 import ssl
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .. import app, config
+from .. import config
 from ..core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from ..app import Listen
 
 _DEFAULTS = config.Settings()
 
@@ -74,6 +78,9 @@ def serve(
     production: bool,
 ) -> None:
     """Serve the HTTP API until SIGTERM or SIGINT; what is in flight is finished then."""
+    # The other commands start twice as fast without the server.
+    from .. import app
+
     settings = app.with_overrides(
         config.from_environment(), host=host, port=port, data_dir=data_dir
     )
@@ -95,7 +102,9 @@ def serve(
         ) from None
 
 
-async def _serve(settings: config.Settings, listen: app.Listen) -> None:
+async def _serve(settings: config.Settings, listen: "Listen") -> None:
+    from .. import app
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -103,7 +112,7 @@ async def _serve(settings: config.Settings, listen: app.Listen) -> None:
     await app.serve(settings, listen, partial(_announce, listen), stop)
 
 
-def _announce(listen: app.Listen, url: str) -> None:
+def _announce(listen: "Listen", url: str) -> None:
     if listen.unix_socket is not None:
         # As `--url` takes it.
         url = f"unix:{listen.unix_socket.absolute()}"

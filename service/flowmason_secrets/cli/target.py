@@ -25,6 +25,12 @@ class Filters(NamedTuple):
     expired: bool | None = None
 
 
+class OrganisationEntry(shapes.AuditEntry, frozen=True, kw_only=True):
+    """An event of any organisation, or of none: the log's own."""
+
+    org_id: str | None
+
+
 class Target(Protocol):
     """The operations of one organisation.
 

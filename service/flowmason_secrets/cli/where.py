@@ -1,17 +1,18 @@
 """The options that say where a command works: `--org` and `--data-dir` here, or `--url`."""
 
+import asyncio
 import functools
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import click
 
-from .. import app, config
+from .. import config
 from ..core.errors import ConfigurationError
 from ..core.names import check_org
-from . import local, remote
 from .target import Place, Target
 
 T = TypeVar("T")
@@ -76,25 +77,28 @@ json_option = click.option(
 
 def perform(place: Place, work: Callable[[Target], Awaitable[T]]) -> T:
     """Open the place, work there, close it again."""
-    results: list[T] = []
 
-    async def main() -> None:
+    async def main() -> T:
         async with place() as target:
-            results.append(await work(target))
+            return await work(target)
 
-    app.run(main())
-    return results[0]
+    return asyncio.run(main())
 
 
 def _server(url: str, insecure: bool) -> Place:
     api_key = os.environ.get(API_KEY)
     if not api_key:
         raise click.UsageError(f"--url needs an API key in the environment variable {API_KEY}.")
+    # aiohttp takes most of a short command's time: a usage error need not wait for it.
+    from . import remote
+
     return functools.partial(remote.opened, remote.server(url, api_key, insecure))
 
 
 def _directory(org: str | None, data_dir: Path | None, creates: bool) -> Place:
-    settings = app.with_overrides(config.from_environment(), data_dir=data_dir)
+    settings = config.from_environment()
+    if data_dir is not None:
+        settings = replace(settings, data_dir=data_dir)
     if org is not None:
         check_org(org)
     # Opening it would make it: a mistyped path has to say so instead of being empty.
@@ -103,4 +107,6 @@ def _directory(org: str | None, data_dir: Path | None, creates: bool) -> Place:
             f"There is no data directory {settings.root}. Name it with --data-dir or "
             f"{config.PREFIX}DIR; 'set', 'keys create' and 'serve' make a new one."
         )
+    from . import local
+
     return functools.partial(local.opened, settings, org)

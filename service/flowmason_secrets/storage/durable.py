@@ -5,7 +5,10 @@ Blocking: called in worker threads only.
 
 import contextlib
 import os
+import stat
 from pathlib import Path
+
+StrPath = str | Path
 
 PRIVATE_DIR = 0o700
 PRIVATE_FILE = 0o600
@@ -19,18 +22,22 @@ class ShortWrite(OSError):
     """The system took only a part of what was to be written."""
 
 
+class LinkedFile(OSError):
+    """The file has a second name, a snapshot's perhaps, and is not to be written in place."""
+
+
 class Durable:
     """Steps on the file system. Each one either happened whole or raised OSError.
 
     A `write` that raised may have left a part of its bytes behind.
     """
 
-    def make_directory(self, path: Path, mode: int = PRIVATE_DIR) -> None:
+    def make_directory(self, path: StrPath, mode: int = PRIVATE_DIR) -> None:
         """Create a directory with its parents if it is not there; its own mode is `mode`."""
-        if path.is_dir():
+        if os.path.isdir(path):
             return
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
-        path.chmod(mode)
+        os.makedirs(path, mode=mode, exist_ok=True)
+        os.chmod(path, mode)
 
     def open_append(self, path: Path, mode: int) -> int:
         """A descriptor that appends to `path`; a file it creates has exactly `mode`."""
@@ -64,7 +71,7 @@ class Durable:
         """Return when what was written to the file is on stable storage."""
         _sync_data(descriptor)
 
-    def sync_path(self, path: Path) -> None:
+    def sync_path(self, path: StrPath) -> None:
         """Like `sync`, of a file or the names in a directory; one that is gone needs no sync."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -90,13 +97,32 @@ class Durable:
                 os.unlink(path)
             raise
 
+    def put(self, path: str, data: bytes, mode: int) -> None:
+        """Make a file hold `data`, followed by newlines up to the size that it had before.
+
+        Not atomic, and not synced: only for what a journal holds as well.
+        """
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, mode)
+        try:
+            status = os.fstat(descriptor)
+            if status.st_nlink != 1:
+                raise LinkedFile(path)
+            if stat.S_IMODE(status.st_mode) != mode:
+                os.fchmod(descriptor, mode)
+            # Never shorter than before, so that one write does all. In place, because renaming
+            # over a file makes ext4 allocate and write it at once: twenty times the cost.
+            self.put_slot(descriptor, data.ljust(status.st_size, b"\n"))
+        finally:
+            os.close(descriptor)
+
     def rename(self, source: Path, target: Path) -> None:
         """Give a file its name, in place of what had that name before."""
         os.replace(source, target)
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: StrPath) -> None:
         """Remove a name; one that is gone already is fine."""
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
     def _open(self, path: Path, flags: int, mode: int) -> int:
         descriptor = os.open(path, flags | os.O_CLOEXEC, mode)

@@ -8,7 +8,6 @@ import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from uuid import uuid4
 
 from ..core.errors import LogUnavailable
@@ -20,7 +19,7 @@ from .cache import CiphertextCache
 from .durable import Durable
 from .eventlog import EventLog, SegmentLimits
 from .published import Layout, Published
-from .staging import Journal, Leftovers
+from .staging import Journal, Leftovers, sync_published
 
 # A journal is settled when it has grown this large, in bytes.
 JOURNAL_LIMIT = 8 << 20
@@ -134,9 +133,7 @@ class Engine:
 
     def _open(self, lock: int) -> EventLog:
         env = self._env
-        log = EventLog(
-            env.layout.events, env.layout.staged, env.durable, env.sources, env.limits
-        )
+        log = EventLog(env.layout.events, env.layout.staged, env.durable, env.sources, env.limits)
         try:
             log.open()
             self._recover(log, lock)
@@ -166,13 +163,12 @@ class Engine:
             for line in log.lines(leftovers.position):
                 if is_change(line):
                     newest[line["org_id"] or "", line["resource_id"] or ""] = line
-            paths: set[Path] = set()
+            paths: set[str] = set()
             for line in newest.values():
                 change = staged.get(line["id"])
                 if change is not None:
                     paths.update(self._env.published.publish(change))
-            for path in sorted(paths) + sorted({path.parent for path in paths}):
-                self._env.durable.sync_path(path)
+            sync_published(paths, self._env.durable)
         leftovers.remove()
         # Too small a number is safe: it makes others recover once more. Without it, metadata
         # would not be readable on a full disk.

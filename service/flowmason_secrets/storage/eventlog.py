@@ -64,6 +64,7 @@ class EventLog:
         limits: SegmentLimits,
     ) -> None:
         self._directory = directory
+        self._path = os.fspath(directory)
         self._scratch = scratch
         self._durable = durable
         self._clock, self._new_id = sources
@@ -146,7 +147,7 @@ class EventLog:
         return segment.end >= self._limits.size or now - segment.born >= self._limits.age
 
     def _exists(self, first: int) -> bool:
-        return (self._directory / segment_name(first)).exists()
+        return os.path.exists(f"{self._path}/{segment_name(first)}")
 
     def _enter(self, first: int) -> None:
         path = self._directory / segment_name(first)

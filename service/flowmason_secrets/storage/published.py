@@ -4,14 +4,15 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from uuid import uuid4
 
 from ..core.names import org_hash, secret_hash
 from ..core.records import ApiKey, Change, DropSecret, Metadata, PutApiKey, PutSecret, SecretRecord
 from . import wire
-from .durable import PRIVATE_FILE, Durable
+from .durable import PRIVATE_FILE, Durable, LinkedFile
 
 _log = logging.getLogger(__name__)
+
+_READS = 3
 
 
 class Layout:
@@ -19,20 +20,23 @@ class Layout:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.root_path = os.fspath(root)
         self.events = root / "events"
         self.staged = root / "staged"
         self.keys = root / "keys"
         self.lock = root / "commit.lock"
         self.index = root / "index.sqlite3"
 
-    def secret(self, org: str, stem: str) -> tuple[Path, Path]:
-        """The token's and the metadata's file."""
-        directory = self.root / org
-        return directory / f"{stem}.secret", directory / f"{stem}.meta"
+    # Plain strings: these are made for every change, and pathlib is slow.
 
-    def api_key(self, digest: str) -> Path:
+    def secret(self, org: str, stem: str) -> tuple[str, str]:
+        """The token's and the metadata's file."""
+        path = f"{self.root_path}/{org}/{stem}"
+        return f"{path}.secret", f"{path}.meta"
+
+    def api_key(self, digest: str) -> str:
         """The file of the API key with this SHA-256."""
-        return self.keys / f"{digest}.json"
+        return f"{self.root_path}/keys/{digest}.json"
 
 
 class Published:
@@ -43,17 +47,16 @@ class Published:
         self._durable = durable
         self._oldest_key = oldest_key
 
-    def publish(self, change: Change) -> list[Path]:
+    def publish(self, change: Change) -> list[str]:
         """Make a committed change visible; returns the paths it touched, not yet synced."""
         match change:
             case PutSecret(org_id, metadata, token):
                 secret, meta = self._paths(org_id, metadata.name)
-                self._durable.make_directory(secret.parent)
-                # The metadata names the token's hash: a reader between the two sees a mismatch,
-                # and the gate tells him to read again.
+                # The metadata name the token's hash: a reader in between sees a mismatch, and the
+                # gate tells him to read again.
                 self._place(secret, token)
                 self._place(meta, wire.encode_metadata(metadata, token))
-                return [secret, meta, secret.parent.parent]
+                return [secret, meta, self._layout.root_path]
             case DropSecret(org_id, name):
                 secret, meta = self._paths(org_id, name)
                 # The token goes first: what is left of a torn deletion holds nothing.
@@ -87,14 +90,18 @@ class Published:
     def metadata(self, org: str, stem: str) -> Metadata | None:
         """The metadata of one file; None if it is gone, or can't be read, which is logged."""
         path = self._layout.secret(org, stem)[1]
-        raw = _read(path)
-        if raw is None:
-            return None
-        try:
-            return wire.decode_metadata(raw, self._oldest_key)[0]
-        except wire.Malformed as error:
-            _log.warning("left out of the listing: %s/%s: %s", org, path.name, error)
-            return None
+        problem = None
+        # It may be read while it is being written, which takes microseconds.
+        for _ in range(_READS):
+            raw = _read(path)
+            if raw is None:
+                return None
+            try:
+                return wire.decode_metadata(raw, self._oldest_key)[0]
+            except wire.Malformed as error:
+                problem = error
+        _log.warning("left out of the listing: %s: %s", path, problem)
+        return None
 
     def api_key(self, digest: str) -> ApiKey | None:
         """Raises:
@@ -109,17 +116,23 @@ class Published:
         keys = [key for key in map(self.api_key, digests) if key and key.org_id == org_id]
         return sorted(keys, key=lambda key: (key.created_at, key.id))
 
-    def _paths(self, org_id: str, name: str) -> tuple[Path, Path]:
+    def _paths(self, org_id: str, name: str) -> tuple[str, str]:
         return self._layout.secret(org_hash(org_id), secret_hash(name))
 
-    def _place(self, path: Path, data: bytes) -> None:
-        draft = self._layout.staged / f"{uuid4().hex}.tmp"
-        self._durable.create(draft, data, PRIVATE_FILE, sync=False)
-        self._durable.rename(draft, path)
+    def _place(self, path: str, data: bytes) -> None:
+        try:
+            self._durable.put(path, data, PRIVATE_FILE)
+        except LinkedFile:
+            self._durable.unlink(path)
+            self._durable.put(path, data, PRIVATE_FILE)
+        except FileNotFoundError:
+            self._durable.make_directory(os.path.dirname(path))
+            self._durable.put(path, data, PRIVATE_FILE)
 
 
-def _read(path: Path) -> bytes | None:
+def _read(path: str) -> bytes | None:
     try:
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read().rstrip(b"\n")
     except FileNotFoundError:
         return None

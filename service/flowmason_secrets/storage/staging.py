@@ -6,7 +6,7 @@ when the files that were published from it are durable themselves. Blocking.
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..core.records import Change
@@ -26,7 +26,7 @@ class Journal:
         self.path = directory / f"{position:012d}-{stem}{_SUFFIX}"
         self._durable = durable
         self._descriptor = durable.open_append(self.path, PRIVATE_FILE)
-        self.published: set[Path] = set()
+        self.published: set[str] = set()
         self.size = 0
         durable.sync_path(directory)
 
@@ -47,10 +47,7 @@ class Journal:
 
     def settle(self) -> None:
         """Make durable what was published from this closed journal, then remove it."""
-        for path in sorted(self.published):
-            self._durable.sync_path(path)
-        for directory in sorted({path.parent for path in self.published}):
-            self._durable.sync_path(directory)
+        sync_published(self.published, self._durable)
         self._durable.unlink(self.path)
 
 
@@ -84,3 +81,11 @@ class Leftovers:
         """Remove the journals, and the drafts of files that never got their names."""
         for path in self._paths:
             self._durable.unlink(path)
+
+
+def sync_published(paths: Collection[str], durable: Durable) -> None:
+    """Return when these files, and their names in their directories, are on stable storage."""
+    for path in sorted(paths):
+        durable.sync_path(path)
+    for directory in sorted({os.path.dirname(path) for path in paths}):
+        durable.sync_path(directory)
