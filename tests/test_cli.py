@@ -1,29 +1,24 @@
 """The command line as users run it: processes, on a data directory and on a server."""
 
 import asyncio
-import contextlib
-import fcntl
 import getpass
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import aiohttp
 import pytest
 
 from flowmason_secrets import app
 from flowmason_secrets.core.ports import AuditQuery
 
-from .harness.server import MASTER_KEY, ServerProcess, issue_key, serving, settings_for
+from .harness.server import MASTER_KEY, ServerProcess, issue_key, serving, session, settings_for
 
 PROGRAM = (sys.executable, "-m", "flowmason_secrets")
 
@@ -54,10 +49,11 @@ class Ended(NamedTuple):
             assert word in self.err
 
 
-def environment(**variables: str) -> dict[str, str]:
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of this process without what concerns the program, and with these."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith("FLOWMASON_")}
-    return kept | variables
+    # Reading the system's certificates is a sixth of a run.
+    return kept | {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull} | (variables or {})
 
 
 async def run(
@@ -71,7 +67,7 @@ async def run(
         _runs,
         lambda: subprocess.run(
             (*PROGRAM, *arguments),
-            env=environment(**(variables or {})),
+            env=environment(variables),
             input=stdin,
             stdout=stdout,
             stderr=subprocess.PIPE,
@@ -115,8 +111,8 @@ async def remote(
 ) -> Place:
     """A server, with a new API key for it."""
     key = await issue_key(data_dir, scopes=scopes, allow=allow)
-    listed = await local(data_dir).run("keys", "list", "--json")
-    actor = listed.json[-1]["id"]
+    async with session(server.url, key) as client, client.get("/api/v1/auth/whoami") as answer:
+        actor = (await answer.json())["api_key_id"]
     return Place(data_dir, ("--url", server.url), {"FLOWMASON_API_KEY": key}, actor)
 
 
@@ -131,13 +127,12 @@ async def place(request: pytest.FixtureRequest, data_dir: Path) -> AsyncIterator
 
 
 VALUES = {
-    "plain": ("s3cret\n", "s3cret"),
     "no-newline": ("s3cret", "s3cret"),
-    "one-newline-less": ("s3cret\n\n", "s3cret\n"),
     "only-a-newline": ("\n", ""),
-    "lines": ("-----BEGIN-----\r\nabc\n-----END-----\n", "-----BEGIN-----\r\nabc\n-----END-----"),
-    "unicode": ("naïve 密码 🔑 \u202e\n", "naïve 密码 🔑 \u202e"),
-    "controls": ("\x00\x1b[31m\t\x7f\n", "\x00\x1b[31m\t\x7f"),
+    "anything": (
+        "naïve 密码 🔑\u202e\r\n\x00\x1b[31m\t\n\n",
+        "naïve 密码 🔑\u202e\r\n\x00\x1b[31m\t\n",
+    ),
     "longest": ("x" * 65536 + "\n", "x" * 65536),
 }
 
@@ -146,101 +141,91 @@ async def test_values_come_back_as_they_were(place: Place) -> None:
     async def there_and_back(name: str, sent: str, kept: str) -> None:
         stored = await place.run("set", name, stdin=sent.encode())
         assert (stored.code, stored.out) == (0, "")
-        assert "Created" in stored.err
-        assert kept not in stored.err or not kept
-        plain, document = await place.all(["get", name], ["get", name, "--json"])
-        assert plain == (0, kept + "\n", "")
-        assert document.json["value"] == kept
+        assert stored.err.startswith(f"Created '{name}': version 1, ETag 1-")
+        assert stored.err.count("\n") == 1
+        assert await place.run("get", name) == (0, kept + "\n", "")
 
-    await asyncio.gather(
-        *(there_and_back(name, sent, kept) for name, (sent, kept) in VALUES.items())
-    )
+    values = ((name, *value) for name, value in VALUES.items())
+    await asyncio.gather(*(there_and_back(*value) for value in values))
+    assert (await place.run("get", "anything", "--json")).json == {
+        "name": "anything",
+        "value": VALUES["anything"][1],
+        "category": "other",
+        "is_expired": False,
+        "version": 1,
+    }
 
 
 async def test_life_of_a_secret(place: Place) -> None:
+    name = "A b?%ü"
     described = ("--description", "for tests", "--category", "token")
-    expires = ("--expires-at", "2100-01-31T12:00:00+01:00")
-    created = await place.run("set", "A b/c?".replace("/", "_"), "--json", *described, stdin=b"1")
-    assert created.json["version"] == 1
-    assert (created.json["category"], created.json["description"]) == ("token", "for tests")
-    name = created.json["name"]
-    again = await place.run("set", name, "--if-none-match", stdin=b"2")
-    again.failed(1, "nothing was changed")
+    created = await place.run("set", name, "--json", *described, stdin=b"1")
+    assert created.json.items() >= {"category": "token", "description": "for tests"}.items()
+    (await place.run("set", name, "--if-none-match", stdin=b"2")).failed(1, "nothing was changed")
     shown, document = await place.all(["metadata", name], ["metadata", name, "--json"])
     assert document.json == created.json
     etag = re.search(r"^etag +(\S+)$", shown.out, re.MULTILINE)
     assert etag is not None
-    for tag in (etag[1], f'"{etag[1]}"'):
-        updated = await place.run("set", name, "--if-match", tag, *expires, stdin=b"3")
-        assert updated.code == (0 if tag == etag[1] else 1)
-    (await place.run("delete", name, "--if-match", etag[1])).failed(1)
-    table, plain, none = await place.all(
+    expires = ("--expires-at", "2100-01-31T12:00:00+01:00")
+    updated = await place.run("set", name, "--if-match", etag[1], *expires, stdin=b"3")
+    assert updated.err.startswith(f"Updated '{name}': version 2")
+    (await place.run("delete", name, "--if-match", f'"{etag[1]}"')).failed(1, "nothing was changed")
+    table, listed, none = await place.all(
         ["list"], ["list", "--json"], ["list", "--json", "--category", "api_key"]
     )
-    assert [entry["version"] for entry in plain.json] == [2]
-    assert plain.json[0]["expires_at"] == "2100-01-31T11:00:00.000000Z"
-    assert table.out.splitlines()[0].split() == [
-        *("NAME", "CATEGORY", "VERSION", "UPDATED", "EXPIRES", "DESCRIPTION")
-    ]
-    assert table.out.splitlines()[1].startswith(f"{name}  other     2        ")
+    assert [entry["expires_at"] for entry in listed.json] == ["2100-01-31T11:00:00.000000Z"]
+    assert table.out.splitlines()[0].startswith("NAME    CATEGORY  VERSION  UPDATED")
+    assert table.out.splitlines()[1].startswith("A b?%ü  other     2        2")
     assert none.json == []
-    deleted = await place.run("delete", name)
-    assert deleted == (0, "", f"Secret '{name}' deleted.\n")
-    for command in ("get", "metadata", "delete"):
-        (await place.run(command, name)).failed(1, "not found")
-    assert (await place.run("list")) == (0, "", "No secrets.\n")
+    assert await place.run("delete", name) == (0, "", f"Secret '{name}' deleted.\n")
+    for ended in await place.all(["get", name], ["metadata", name], ["delete", name]):
+        ended.failed(1, "not found")
 
 
 async def test_everything_is_in_the_audit(place: Place) -> None:
     await place.run("set", "A", stdin=b"1")
     await place.run("get", "A")
     await place.run("get", "B")
-    everything, failures, reads, later, table = await place.all(
+    everything, reads, table = await place.all(
         ["audit", "--json"],
-        ["audit", "--json", "--failed"],
         ["audit", "--json", "--action", "secret.read", "--name", "A", "--actor", place.actor],
-        ["audit", "--json", "--since", "2100-01-01T00:00:00Z"],
-        ["audit", "--resource-type", "secret", "--success", "--limit", "1"],
+        ["audit", "--resource-type", "secret", "--failed", "--since", "2001-01-01T00:00:00Z"],
     )
     events = [entry for entry in everything.json if entry["resource_type"] == "secret"]
-    who = "user_id" if place.options[0] == "--org" else "api_key_id"
+    who = "user_id" if "--org" in place.options else "api_key_id"
     assert [(entry["action"], entry["success"], entry[who]) for entry in events] == [
         ("secret.read", False, place.actor),
         ("secret.read", True, place.actor),
         ("secret.create", True, place.actor),
     ]
-    assert [entry["details"]["name"] for entry in failures.json] == ["B"]
-    assert [entry["details"]["name"] for entry in reads.json] == ["A"]
-    assert later.json == []
-    assert len(table.out.splitlines()) == 2
-    assert "secret.read" in table.out
+    assert [entry["id"] for entry in reads.json] == [events[1]["id"]]
+    assert [line.split()[5] for line in table.out.splitlines()] == ["NAME", "B"]
 
 
 async def test_api_keys(place: Place) -> None:
     limits = ("--scope", "full", "--scope", "read", "--allow", "app-*", "--allow", "x")
     raw, document = await place.all(
-        ["keys", "create", "--name", "first key"],
+        ["keys", "create", "--name", "first"],
         ["keys", "create", "--name", "limited", *limits, "--json"],
     )
     assert re.fullmatch(r"fm_live_[0-9a-f]{48}\n", raw.out)
     assert raw.out.strip() not in raw.err
     limited = document.json["api_key"]
     assert (limited["scopes"], limited["allow"]) == (["full", "read"], ["app-*", "x"])
-    table, listed = await place.all(["keys", "list"], ["keys", "list", "--json"])
-    by_name = {key["name"]: key for key in listed.json}
-    assert by_name["limited"] == limited
-    assert "live" in table.out
-    assert "app-* x" in table.out
-    assert raw.out.strip() not in table.out + listed.out
-    async with serving(place.data_dir) as server:
-        options = ("list", "--url", server.url)
-        assert (await run(*options, variables={"FLOWMASON_API_KEY": raw.out})).code == 0
-        revoked = await place.run("keys", "revoke", by_name["first key"]["id"])
-        assert (revoked.code, revoked.out) == (0, "")
-        refused = await run(*options, variables={"FLOWMASON_API_KEY": raw.out})
+    listed = (await place.run("keys", "list", "--json")).json
+    assert limited in listed
+    first = next(key["id"] for key in listed if key["name"] == "first")
+    assert first in raw.err
+    revoked = await place.run("keys", "revoke", first)
+    assert revoked == (0, "", f"API key '{first}' revoked.\n")
+    (await place.run("keys", "revoke", first)).failed(1, "already revoked")
+    table = await place.run("keys", "list")
+    states = {line.split()[1]: line.split()[-1] for line in table.out.splitlines()}
+    assert (states["first"], states["limited"]) == ("revoked", "live")
+    assert raw.out.strip() not in table.out
+    if "--url" in place.options:
+        refused = await run("list", *place.options, variables={"FLOWMASON_API_KEY": raw.out})
         refused.failed(1, "FLOWMASON_API_KEY", "revoked")
-    (await place.run("keys", "revoke", by_name["first key"]["id"])).failed(1, "already revoked")
-    assert "revoked" in (await place.run("keys", "list")).out
 
 
 async def test_audit_of_a_directory_is_of_all_organisations(data_dir: Path) -> None:
@@ -286,8 +271,6 @@ async def test_audit_of_a_server_goes_on_past_its_pages(data_dir: Path) -> None:
         await service.close()
     async with serving(data_dir) as server:
         there = await remote(server, data_dir)
-        found = await there.run("audit", "--limit", "1050", "--name", "none-7", "--json")
-        assert len(found.json) == 1
         found = await there.run("audit", "--limit", "1050", "--failed", "--json")
         assert [entry["id"] for entry in found.json] == expected[:1050]
 
@@ -299,31 +282,6 @@ async def test_works_beside_a_server(data_dir: Path) -> None:
         assert (await here.run("get", "A")).out == "from there\n"
         await here.run("set", "A", stdin=b"from here")
         assert (await there.run("get", "A")).out == "from here\n"
-
-
-HOSTILE = "\x1b]0;pwned\x07 \x9b31m \x7f \u202etxt [red]x[/red] :smile: a\nb\tc\rd"
-ESCAPED = r"\x1b]0;pwned\x07 \x9b31m \x7f \u202etxt [red]x[/red] :smile: a\nb\tc\rd"
-
-
-async def test_nothing_stored_moves_the_terminal(place: Place) -> None:
-    await place.run("set", "[bold]A[/bold]", "--description", HOSTILE, stdin=b"1")
-    await place.run("get", HOSTILE)
-    if "--url" in place.options:
-        key, url = place.variables["FLOWMASON_API_KEY"], place.options[-1]
-        headers = {"User-Agent": "agent \x9b31m", "Authorization": f"Bearer {key}"}
-        async with aiohttp.ClientSession(url, headers=headers) as client:
-            await client.get("/api/v1/secrets/none")
-    commands = (["list"], ["metadata", "[bold]A[/bold]"], ["audit", "--failed"])
-    tables = await place.all(*commands)
-    documents = await place.all(*([*command, "--json"] for command in commands))
-    for ended in (*tables, *documents):
-        assert ended.code == 0
-        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", ended.out)
-    assert all(ESCAPED in ended.out for ended in tables)
-    assert all("[bold]A[/bold]" in ended.out for ended in tables[:2])
-    assert documents[0].json[0]["description"] == HOSTILE
-    assert documents[2].json[-1]["details"]["name"] == HOSTILE
-    (await place.run("delete", HOSTILE)).failed(1, r"\x1b]0;pwned")
 
 
 ANYWHERE = [["--org", "acme"], ["--url", "http://127.0.0.1:1"]]
@@ -452,102 +410,3 @@ async def test_a_mistyped_directory_is_not_made(data_dir: Path) -> None:
     for ended in await local(data_dir).all(*commands, ["audit"], ["keys", "revoke", "x"]):
         ended.failed(2, "no data directory", "--data-dir")
     assert not data_dir.exists()
-
-
-async def test_output_that_can_not_be_written(data_dir: Path) -> None:
-    here = local(data_dir)
-    await here.run("set", "A", stdin=b"1")
-    reading, writing = os.pipe()
-    os.close(reading)
-    with contextlib.closing(os.fdopen(writing, "wb")) as broken:
-        for arguments in (["get", "A"], ["list"], ["audit", "--json"]):
-            command = (*arguments, *here.options)
-            ended = await run(*command, stdout=broken.fileno(), variables=here.variables)
-            assert ended == (1, "", "")
-    if Path("/dev/full").exists():
-        with Path("/dev/full").open("wb") as full:
-            ended = await run(
-                "get", "A", *here.options, stdout=full.fileno(), variables=here.variables
-            )
-            ended.failed(1, "No space left")
-
-
-async def test_closed_streams_are_no_files(data_dir: Path) -> None:
-    here = local(data_dir)
-    await here.run("set", "A", stdin=b"1")
-    script = 'exec "$@" <&- >&- 2>&-'
-    process = await asyncio.create_subprocess_exec(
-        "sh",
-        "-c",
-        script,
-        "sh",
-        *PROGRAM,
-        "list",
-        *here.options,
-        env=environment(variables=here.variables),
-    )
-    assert await process.wait() == 0
-    assert b"NAME" not in b"".join(file.read_bytes() for file in data_dir.rglob("*.ndjson"))
-
-
-class Terminal:
-    """A terminal of 60 columns with the program in it."""
-
-    def __init__(self) -> None:
-        self._master, self._slave = os.openpty()
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-        self.shown = ""
-
-    async def run(self, place: Place, *arguments: str, typed: Sequence[str] = ()) -> int:
-        """Run the program there, answering each prompt with what is typed; returns its code."""
-        become = (
-            "import fcntl, os, sys, termios; os.setsid(); "
-            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
-        )
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", become, *PROGRAM, *arguments, *place.options),
-            env=environment(**place.variables, TERM="xterm-256color"),
-            stdin=self._slave,
-            stdout=self._slave,
-            stderr=self._slave,
-        )
-        os.close(self._slave)
-        for line in typed:
-            before = len(self.shown)
-            while ": " not in self.shown[before:]:
-                assert await self._read()
-            os.write(self._master, line.encode() + b"\n")
-        while await self._read():
-            pass
-        os.close(self._master)
-        return await process.wait()
-
-    async def _read(self) -> bool:
-        try:
-            data = await asyncio.to_thread(os.read, self._master, 65536)
-        except OSError:
-            # Linux's way to say that nobody has the terminal open any more.
-            return False
-        self.shown += data.decode()
-        return bool(data)
-
-
-async def test_on_a_terminal(place: Place) -> None:
-    prompt = Terminal()
-    assert await prompt.run(place, "set", "A", typed=["s3cret", "s3cret"]) == 0
-    assert "Created 'A'" in prompt.shown
-    assert "s3cret" not in prompt.shown
-    mistyped = Terminal()
-    typed = ["one", "two", "s3cret", "s3cret"]
-    assert await mistyped.run(place, "set", "B", typed=typed) == 0
-    name = "[red]a very long name[/red] that does not fit " + "x" * 50
-    stored = await place.run("set", name, "--description", HOSTILE, stdin=b"1")
-    assert stored.code == 0
-    table, value = Terminal(), Terminal()
-    assert await table.run(place, "list") == 0
-    assert await value.run(place, "get", "B") == 0
-    assert value.shown == "s3cret\r\n"
-    plain = re.sub("\x1b\\[[0-9;]*m", "", table.shown)
-    assert "\x1b[1m" in table.shown
-    assert not re.search("[\x00-\x09\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202e]", plain)
-    assert max(map(len, plain.splitlines())) <= 60

@@ -30,7 +30,7 @@ THEIRS, NOWHERE = "THEIR-SECRET", "NO-SUCH-NAME"
 
 
 class Reply(NamedTuple):
-    """A response without what differs from one to the next in any case."""
+    """A response; header names in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -50,12 +50,13 @@ async def ask(
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     async with client.request(method, path, json=document, headers=sent) as answer:
         body = await answer.json(content_type=None)
-        return Reply(answer.status, dict(answer.headers), body)
+        received = {name.lower(): value for name, value in answer.headers.items()}
+        return Reply(answer.status, received, body)
 
 
 def comparable(reply: Reply, name_: str) -> Reply:
     """The reply without its date, seq and entity tag, and without the given name."""
-    changing = {"Date", "Audit-Seq", "Audit-Id", "ETag"}
+    changing = {"date", "audit-seq", "audit-id", "etag"}
     body = orjson.loads(orjson.dumps(reply.body).decode().replace(name_, "<name>"))
     if isinstance(body, dict):
         body = {
@@ -114,7 +115,7 @@ async def test_a_name_of_another_organisation_is_like_one_that_nobody_has(
 ) -> None:
     headers = {}
     if precondition is not None and method == "DELETE":
-        etag = (await ask(world.theirs, "GET", f"{SECRETS}/{THEIRS}")).headers["ETag"]
+        etag = (await ask(world.theirs, "GET", f"{SECRETS}/{THEIRS}")).headers["etag"]
         headers["If_Match"] = etag if precondition == "theirs" else precondition
         expected = 412
     replies = [
@@ -142,7 +143,7 @@ async def test_nor_does_a_refusal_tell(
 
 
 async def test_writes_tell_nothing_either(world: World) -> None:
-    etag = (await ask(world.theirs, "GET", f"{SECRETS}/{THEIRS}")).headers["ETag"]
+    etag = (await ask(world.theirs, "GET", f"{SECRETS}/{THEIRS}")).headers["etag"]
     for condition in (etag, "*", f'"9-0", {etag}'):
         replies = [
             await ask(world.ours, "POST", SECRETS, {"name": name, "value": "v"}, If_Match=condition)
@@ -168,7 +169,7 @@ async def test_listings_show_only_ones_own(world: World) -> None:
         assert (await ask(world.ours, "GET", f"{SECRETS}?{query}")).body == []
     # A cursor names a place among names, not what is there.
     page = await ask(world.theirs, "GET", f"{SECRETS}?limit=1")
-    cursor = page.headers["Link"].partition("cursor=")[2].partition(">")[0]
+    cursor = page.headers["link"].partition("cursor=")[2].partition(">")[0]
     assert (await ask(world.ours, "GET", f"{SECRETS}?cursor={cursor}")).body == []
 
 
@@ -193,7 +194,7 @@ async def test_the_audit_log_shows_only_ones_own(world: World) -> None:
 
 async def test_a_cursor_of_another_organisation_leads_to_nothing_of_it(world: World) -> None:
     page = await ask(world.theirs, "GET", f"{AUDIT}?limit=1")
-    query = page.headers["Link"].partition("?")[2].partition(">")[0]
+    query = page.headers["link"].partition("?")[2].partition(">")[0]
     theirs = {entry["id"] for entry in (await ask(world.theirs, "GET", f"{AUDIT}?{query}")).body}
     assert theirs
     seen = (await ask(world.ours, "GET", f"{AUDIT}?{query.replace('limit=1', 'limit=1000')}")).body
@@ -257,7 +258,7 @@ async def test_two_secrets_of_the_same_id(
                 "POST",
                 SECRETS,
                 {"name": name, "value": f"of {name}"},
-                If_Match=read.headers["ETag"],
+                If_Match=read.headers["etag"],
             )
             assert updated.status == 200
             assert [e["name"] for e in (await ask(session, "GET", SECRETS)).body] == [name]

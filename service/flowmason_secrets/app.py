@@ -1,6 +1,7 @@
 """The composition root: the only place that names a concrete store."""
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import os
@@ -129,6 +130,11 @@ async def serve(
 
 def run(main: Coroutine[object, object, None]) -> None:
     """Run a program's main coroutine, on uvloop where the platform has it."""
+    # What is there now stays. Of what requests leave behind, nearly all goes by counting
+    # references: looking for cycles at the default rate costs a tenth of a read.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     if sys.platform == "win32":
         asyncio.run(main)
     else:

@@ -34,13 +34,15 @@ class Authentication:
         Raises:
             Unauthenticated: unknown, expired or revoked.
         """
-        digest = hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).hexdigest()
-        known = self._known.get(digest)
-        if known is None:
-            known = await self._look_up(digest)
-        expires_at = known[0].expires_at
-        if expires_at is not None and expires_at <= self._clock():
-            raise Unauthenticated
+        return self.recall(api_key) or await self._look_up(_digest(api_key))
+
+    def recall(self, api_key: str) -> tuple[Principal, int] | None:
+        """The same as far as it is in memory; None for a key that has to be looked up."""
+        known = self._known.get(_digest(api_key))
+        if known is not None:
+            expires_at = known[0].expires_at
+            if expires_at is not None and expires_at <= self._clock():
+                return None
         return known
 
     async def renew(self, caller: Caller) -> Caller:
@@ -65,6 +67,10 @@ class Authentication:
             self._known.pop(next(iter(self._known)))
         known = self._known[digest] = (key.principal(), as_of)
         return known
+
+
+def _digest(api_key: str) -> str:
+    return hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def depends_on(caller: Caller) -> tuple[tuple[Ref, int], ...]:

@@ -3,7 +3,6 @@
 import asyncio
 import ipaddress
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes
@@ -38,10 +37,10 @@ class Call:
     link: str = field(default="")
 
 
-def request_id(raw: BaseRequest, generate: Callable[[], str]) -> str:
-    """The client's `X-Request-Id` if it is harmless, else a new one."""
+def request_id(raw: BaseRequest) -> str | None:
+    """The client's `X-Request-Id`, if there is one and it is harmless."""
     given = raw.headers.get("X-Request-Id")
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else generate()
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else None
 
 
 def user_agent(raw: BaseRequest) -> str | None:

@@ -1,6 +1,6 @@
 """The event log: append-only segments of lines. FORMAT.md §5.
 
-Blocking, and used under the commit lock, except for `read_chunks` and `read_line`.
+Blocking, and used under the commit lock, except for `ChunkReader` and `read_line`.
 """
 
 import os
@@ -139,7 +139,7 @@ class EventLog:
 
     def lines(self, start: int) -> Iterator[Line]:
         """All lines from seq `start` on, decoded."""
-        for chunk in read_chunks(self._directory, start, self.position):
+        for chunk in ChunkReader(self._directory).read(start, self.position):
             for data in chunk.data.splitlines():
                 yield wire.decode_line(data)
 
@@ -242,31 +242,45 @@ def _time(line: bytes) -> float:
     return times.parse_stored(wire.decode_line(line)["time"])
 
 
-def read_chunks(directory: Path, start: int, stop: int) -> Iterator[Chunk]:
-    """All lines with `start` <= seq < `stop`, in order, in chunks of about a mebibyte."""
-    firsts = segments(directory)
-    for index, first in enumerate(firsts):
-        end = firsts[index + 1] if index + 1 < len(firsts) else stop
-        if end <= start or first >= stop:
-            continue
-        yield from _read_segment(directory, first, start, min(end, stop))
+class ChunkReader:
+    """Reads the log from any seq on. It remembers where it stopped, so that following is cheap."""
 
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        # The seq, the segment and the offset at which the last reading ended.
+        self._stopped = (-1, 0, 0)
 
-def _read_segment(directory: Path, first: int, start: int, stop: int) -> Iterator[Chunk]:
-    seq, offset = first, 0
-    with (directory / segment_name(first)).open("rb") as file:
-        while seq < stop:
-            data = file.read(_CHUNK) + file.readline()
-            if not data:
-                raise LogDamaged(f"{segment_name(first)} ends before event {seq}.")
-            lines = data.splitlines(keepends=True)
-            skip = min(max(start - seq, 0), len(lines))
-            taken = lines[skip : stop - seq]
-            place = offset + sum(map(len, lines[:skip]))
-            if taken:
-                yield Chunk(seq + skip, first, place, b"".join(taken))
-            seq += len(lines)
-            offset += len(data)
+    def read(self, start: int, stop: int) -> Iterator[Chunk]:
+        """All lines with `start` <= seq < `stop`, in order, in chunks of about a mebibyte.
+
+        Raises:
+            LogDamaged: a segment has fewer lines than the next one says.
+        """
+        firsts = segments(self._directory)
+        for index, first in enumerate(firsts):
+            end = firsts[index + 1] if index + 1 < len(firsts) else stop
+            if end > start and first < stop:
+                yield from self._segment(first, start, min(end, stop))
+
+    def _segment(self, first: int, start: int, stop: int) -> Iterator[Chunk]:
+        seq, segment, offset = self._stopped
+        if segment != first or not first <= seq <= start:
+            seq, offset = first, 0
+        with (self._directory / segment_name(first)).open("rb") as file:
+            file.seek(offset)
+            while seq < stop:
+                data = file.read(_CHUNK) + file.readline()
+                if not data:
+                    raise LogDamaged(f"{segment_name(first)} ends before event {seq}.")
+                lines = data.splitlines(keepends=True)[: stop - seq]
+                skip = min(max(start - seq, 0), len(lines))
+                place = offset + sum(map(len, lines[:skip]))
+                wanted = b"".join(lines[skip:])
+                if wanted:
+                    yield Chunk(seq + skip, first, place, wanted)
+                seq += len(lines)
+                offset = place + len(wanted)
+                self._stopped = (seq, first, offset)
 
 
 def read_line(directory: Path, segment: int, offset: int) -> bytes:

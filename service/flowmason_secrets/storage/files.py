@@ -13,7 +13,7 @@ from ..core.names import secret_id
 from ..core.ports import Chunk, Verdict
 from ..core.records import ApiKey, Metadata, SecretRecord
 from .engine import JOURNAL_LIMIT, Engine, Environment
-from .eventlog import read_chunks, read_line
+from .eventlog import ChunkReader, read_line
 from .published import Layout
 from .staging import Journal
 
@@ -112,11 +112,12 @@ class FilesTail:
 
     def __init__(self, environment: Environment) -> None:
         self._layout = environment.layout
+        self._reader = ChunkReader(environment.layout.events)
         self._published = environment.published
 
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """See `Tail.chunks`."""
-        return read_chunks(self._layout.events, start, stop)
+        return self._reader.read(start, stop)
 
     def line(self, segment: int, offset: int) -> bytes:
         """See `Tail.line`."""

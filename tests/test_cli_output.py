@@ -1,0 +1,139 @@
+"""What the command line prints, and what it does not."""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import struct
+import sys
+import termios
+from collections.abc import Sequence
+from pathlib import Path
+
+from .harness.server import serving, session
+from .test_cli import PROGRAM, Place, environment, local, remote, run
+
+HOSTILE = "\x1b]0;pwned\x07 \x9b31m \x7f \u202etxt [red]x[/red] :smile: a\nb\tc\rd"
+ESCAPED = r"\x1b]0;pwned\x07 \x9b31m \x7f \u202etxt [red]x[/red] :smile: a\nb\tc\rd"
+
+
+async def test_nothing_stored_moves_the_terminal(data_dir: Path) -> None:
+    here = local(data_dir)
+    async with serving(data_dir) as server:
+        headers = {"User-Agent": "agent \x9b31m"}
+        there = await remote(server, data_dir)
+        async with session(server.url, there.variables["FLOWMASON_API_KEY"]) as client:
+            await client.get("/api/v1/secrets/none", headers=headers)
+        (await there.run("delete", HOSTILE)).failed(1, r"\x1b]0;pwned")
+    await here.run("set", "[bold]A[|bold]", "--description", HOSTILE, stdin=b"1")
+    commands = (["list"], ["metadata", "[bold]A[|bold]"], ["audit", "--failed"])
+    tables = await here.all(*commands)
+    documents = await here.all(*([*command, "--json"] for command in commands))
+    for ended in (*tables, *documents):
+        assert ended.code == 0
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", ended.out)
+    assert all(ESCAPED in ended.out for ended in tables)
+    assert all("[bold]A[|bold]" in ended.out for ended in tables[:2])
+    assert documents[0].json[0]["description"] == HOSTILE
+    assert documents[2].json[0]["details"]["name"] == HOSTILE
+    assert documents[2].json[1]["details"]["user_agent"] == headers["User-Agent"]
+
+
+async def test_output_that_can_not_be_written(data_dir: Path) -> None:
+    here = local(data_dir)
+    await here.run("set", "A", stdin=b"1")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with contextlib.closing(os.fdopen(writing, "wb")) as broken:
+        for arguments in (["get", "A"], ["list"], ["audit", "--json"]):
+            command = (*arguments, *here.options)
+            ended = await run(*command, stdout=broken.fileno(), variables=here.variables)
+            assert ended == (1, "", "")
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("wb") as full:
+            ended = await run(
+                "get", "A", *here.options, stdout=full.fileno(), variables=here.variables
+            )
+            ended.failed(1, "No space left")
+
+
+async def test_closed_streams_are_no_files(data_dir: Path) -> None:
+    here = local(data_dir)
+    await here.run("set", "A", stdin=b"1")
+    script = 'exec "$@" <&- >&- 2>&-'
+    process = await asyncio.create_subprocess_exec(
+        "sh",
+        "-c",
+        script,
+        "sh",
+        *PROGRAM,
+        "list",
+        *here.options,
+        env=environment(here.variables),
+    )
+    assert await process.wait() == 0
+    assert b"NAME" not in b"".join(file.read_bytes() for file in data_dir.rglob("*.ndjson"))
+
+
+class Terminal:
+    """A terminal of 60 columns with the program in it."""
+
+    def __init__(self) -> None:
+        self._master, self._slave = os.openpty()
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+        self.shown = ""
+
+    async def run(self, place: Place, *arguments: str, typed: Sequence[str] = ()) -> int:
+        """Run the program there, answering each prompt with what is typed; returns its code."""
+        become = (
+            "import fcntl, os, sys, termios; os.setsid(); "
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        )
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", become, *PROGRAM, *arguments, *place.options),
+            env=environment(place.variables | {"TERM": "xterm-256color"}),
+            stdin=self._slave,
+            stdout=self._slave,
+            stderr=self._slave,
+        )
+        os.close(self._slave)
+        for line in typed:
+            before = len(self.shown)
+            while ": " not in self.shown[before:]:
+                assert await self._read()
+            os.write(self._master, line.encode() + b"\n")
+        while await self._read():
+            pass
+        os.close(self._master)
+        return await process.wait()
+
+    async def _read(self) -> bool:
+        try:
+            data = await asyncio.to_thread(os.read, self._master, 65536)
+        except OSError:
+            # Linux's way to say that nobody has the terminal open any more.
+            return False
+        self.shown += data.decode()
+        return bool(data)
+
+
+async def test_on_a_terminal(data_dir: Path) -> None:
+    place = local(data_dir)
+    prompt = Terminal()
+    # The first two differ, so it asks again.
+    typed = ["one", "two", "s3cret", "s3cret"]
+    assert await prompt.run(place, "set", "A", typed=typed) == 0
+    assert "Created 'A'" in prompt.shown
+    assert "s3cret" not in prompt.shown
+    name = "[red]a very long name[|red] that does not fit " + "x" * 50
+    stored = await place.run("set", name, "--description", HOSTILE, stdin=b"1")
+    assert stored.code == 0
+    table, value = Terminal(), Terminal()
+    assert await table.run(place, "list") == 0
+    assert await value.run(place, "get", "A") == 0
+    assert value.shown == "s3cret\r\n"
+    plain = re.sub("\x1b\\[[0-9;]*m", "", table.shown)
+    assert "\x1b[1m" in table.shown
+    assert not re.search("[\x00-\x09\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202e]", plain)
+    assert max(map(len, plain.splitlines())) <= 60
