@@ -9,7 +9,6 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 import orjson
-from aiohttp import web
 
 from ..core import names, times
 from ..core.drafts import Draft, KeyDraft
@@ -19,6 +18,7 @@ from ..core.keyring import Plaintext
 from ..core.ports import AuditQuery, ListQuery
 from ..service import Service
 from . import requests, shapes
+from .answers import Answer, json_answer
 from .requests import Call
 
 PAGE = 1000
@@ -26,26 +26,14 @@ PAGE = 1000
 _UNLIMITED = 1 << 62
 
 
-def _json(
-    document: object, status: int = 200, headers: dict[str, str] | None = None
-) -> web.Response:
-    every = {
-        "Content-Type": "application/json",
-        "Cache-Control": "no-store",
-        "Server": "flowmason",
-    }
-    body = document if isinstance(document, bytes) else msgspec.json.encode(document)
-    return web.Response(body=body, status=status, headers=every | (headers or {}))
-
-
 def _receipt(receipt: Receipt) -> dict[str, str]:
     return {"Audit-Seq": str(receipt.seq), "Audit-Id": receipt.id}
 
 
-async def get_secret(service: Service, call: Call) -> web.Response:
+async def get_secret(service: Service, call: Call) -> Answer:
     """The value of a secret."""
     metadata, value, receipt = await service.get(call.caller, call.params["name"])
-    # The hottest response: a plain dict is encoded faster than a shape is made.
+    # The hottest answer: a plain dict is encoded faster than a shape is made.
     body = orjson.dumps(
         {
             "name": metadata.name,
@@ -55,20 +43,10 @@ async def get_secret(service: Service, call: Call) -> web.Response:
             "version": metadata.version,
         }
     )
-    return web.Response(
-        body=body,
-        headers={
-            "Content-Type": "application/json",
-            "Cache-Control": "no-store",
-            "Server": "flowmason",
-            "ETag": metadata.etag,
-            "Audit-Seq": str(receipt.seq),
-            "Audit-Id": receipt.id,
-        },
-    )
+    return json_answer(body, headers={"ETag": metadata.etag} | _receipt(receipt))
 
 
-async def put_secret(service: Service, call: Call) -> web.Response:
+async def put_secret(service: Service, call: Call) -> Answer:
     """Create or update a secret."""
     sent = await requests.body(call, shapes.SecretIn)
     draft = Draft(
@@ -79,24 +57,24 @@ async def put_secret(service: Service, call: Call) -> web.Response:
     headers = {"ETag": written.metadata.etag} | _receipt(written.receipt)
     if written.created:
         headers["Location"] = f"/api/v1/secrets/{quote(written.metadata.name, safe='')}"
-    return _json(shapes.metadata_out(written.metadata, time.time()), status, headers)
+    return json_answer(shapes.metadata_out(written.metadata, time.time()), status, headers)
 
 
-async def delete_secret(service: Service, call: Call) -> web.Response:
+async def delete_secret(service: Service, call: Call) -> Answer:
     """Delete a secret."""
     name = call.params["name"]
     receipt = await service.delete(call.caller, name, requests.precondition(call.raw))
-    return _json(shapes.Message(f"Secret '{name}' deleted"), headers=_receipt(receipt))
+    return json_answer(shapes.Message(f"Secret '{name}' deleted"), headers=_receipt(receipt))
 
 
-async def get_metadata(service: Service, call: Call) -> web.Response:
+async def get_metadata(service: Service, call: Call) -> Answer:
     """Everything about a secret but its value."""
     metadata = await service.metadata(call.caller, call.params["name"])
     document = shapes.metadata_out(metadata, time.time())
-    return _json(document, headers={"ETag": metadata.etag})
+    return json_answer(document, headers={"ETag": metadata.etag})
 
 
-async def list_secrets(service: Service, call: Call) -> web.Response:
+async def list_secrets(service: Service, call: Call) -> Answer:
     """The secrets of the organisation, without their values."""
     query, now = call.query, time.time()
     paged = "limit" in query or "cursor" in query
@@ -121,10 +99,10 @@ async def list_secrets(service: Service, call: Call) -> web.Response:
         pieces += [msgspec.json.encode(shapes.metadata_out(entry, now)) for entry in kept]
         last, count = (kept[-1].name if kept else last), count + len(page)
     headers = _next(call, last) if paged and count > limit else {}
-    return _json(b"[" + b",".join(pieces) + b"]", headers=headers)
+    return json_answer(b"[" + b",".join(pieces) + b"]", headers=headers)
 
 
-async def get_audit_log(service: Service, call: Call) -> web.Response:
+async def get_audit_log(service: Service, call: Call) -> Answer:
     """The events of the organisation, newest first."""
     query = call.query
     limit = requests.number(query, "limit", 100, PAGE)
@@ -146,52 +124,52 @@ async def get_audit_log(service: Service, call: Call) -> web.Response:
     )
     lines = await service.audit(call.caller, wanted)
     headers = _next(call, str(lines[limit - 1]["seq"])) if len(lines) > limit else {}
-    return _json([shapes.audit_out(line) for line in lines[:limit]], headers=headers)
+    return json_answer([shapes.audit_out(line) for line in lines[:limit]], headers=headers)
 
 
-async def create_api_key(service: Service, call: Call) -> web.Response:
+async def create_api_key(service: Service, call: Call) -> Answer:
     """Create an API key; the raw key is told this once."""
     sent = await requests.body(call, shapes.ApiKeyIn)
     draft = KeyDraft(sent.name, tuple(sent.scopes), tuple(sent.allow), sent.expires_at)
     issued = await service.keys.issue(call.caller, draft)
     key = shapes.api_key_out(issued.key, time.time())
     document = shapes.ApiKeyIssued(key, issued.raw.reveal())
-    return _json(document, 201, _receipt(issued.receipt))
+    return json_answer(document, 201, _receipt(issued.receipt))
 
 
-async def list_api_keys(service: Service, call: Call) -> web.Response:
+async def list_api_keys(service: Service, call: Call) -> Answer:
     """The API keys of the organisation, without the keys themselves."""
     keys: Sequence[Any] = await service.keys.all(call.caller)
     now = time.time()
-    return _json([shapes.api_key_out(key, now) for key in keys])
+    return json_answer([shapes.api_key_out(key, now) for key in keys])
 
 
-async def revoke_api_key(service: Service, call: Call) -> web.Response:
+async def revoke_api_key(service: Service, call: Call) -> Answer:
     """Revoke an API key: when this has answered, no process accepts it any more."""
     key_id = call.params["id"]
     receipt = await service.keys.revoke(call.caller, key_id)
-    return _json(shapes.Message(f"API key '{key_id}' revoked"), headers=_receipt(receipt))
+    return json_answer(shapes.Message(f"API key '{key_id}' revoked"), headers=_receipt(receipt))
 
 
-async def whoami(service: Service, call: Call) -> web.Response:
+async def whoami(service: Service, call: Call) -> Answer:
     """Who the API key belongs to and what it may do."""
     principal = await service.whoami(call.caller)
     expires_at = None if principal.expires_at is None else times.render(principal.expires_at)
     scopes, allow = sorted(principal.scopes), list(principal.allow)
-    return _json(shapes.WhoAmI(principal.org_id, principal.actor, scopes, allow, expires_at))
+    return json_answer(shapes.WhoAmI(principal.org_id, principal.actor, scopes, allow, expires_at))
 
 
-async def healthz(service: Service, call: Call) -> web.Response:
+async def healthz(service: Service, call: Call) -> Answer:
     """The process is alive."""
-    return _json(shapes.Health("alive"))
+    return json_answer(shapes.Health("alive"))
 
 
-async def readyz(service: Service, call: Call) -> web.Response:
+async def readyz(service: Service, call: Call) -> Answer:
     """Values can be served; if not, why."""
     reason = await service.ready()
     if reason is None:
-        return _json(shapes.Health("ready"))
-    return _json(shapes.Health("unavailable", reason), 503, {"Retry-After": "1"})
+        return json_answer(shapes.Health("ready"))
+    return json_answer(shapes.Health("unavailable", reason), 503, {"Retry-After": "1"})
 
 
 def _time(query: dict[str, str], name: str) -> float | None:

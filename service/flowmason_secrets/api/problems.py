@@ -1,11 +1,11 @@
 """Errors as RFC 9457 problems."""
 
 import msgspec
-from aiohttp import web
 
 from ..core import errors
 from ..core.errors import SecretsError
 from ..core.status import STATUS
+from .answers import Answer
 from .shapes import Problem
 
 
@@ -25,9 +25,9 @@ def malformed(detail: str) -> RequestError:
     return RequestError(400, "malformed_request", "Malformed request", detail)
 
 
-def problem_response(error: SecretsError, request_id: str) -> web.Response:
+def problem_response(error: SecretsError, request_id: str) -> Answer:
     """The answer to an error of ours."""
-    headers = {"X-Request-Id": request_id, "Cache-Control": "no-store", "Server": "flowmason"}
+    headers = {"X-Request-Id": request_id, "Cache-Control": "no-store"}
     if isinstance(error, RequestError):
         status, code, title = error.status, error.problem_code, error.problem_title
         headers |= error.headers
@@ -45,13 +45,13 @@ def problem_response(error: SecretsError, request_id: str) -> web.Response:
     return _response(problem, headers)
 
 
-def internal_error(request_id: str) -> web.Response:
+def internal_error(request_id: str) -> Answer:
     """The answer to a defect: nothing of it is told, the log has it under the request's id."""
     detail = "An unexpected error; the server's log has it under this request_id."
     problem = Problem(SecretsError.code, SecretsError.title, 500, detail, request_id)
-    return _response(problem, {"X-Request-Id": request_id, "Server": "flowmason"})
+    return _response(problem, {"X-Request-Id": request_id})
 
 
-def _response(problem: Problem, headers: dict[str, str]) -> web.Response:
+def _response(problem: Problem, headers: dict[str, str]) -> Answer:
     headers["Content-Type"] = "application/problem+json"
-    return web.Response(body=msgspec.json.encode(problem), status=problem.status, headers=headers)
+    return Answer(problem.status, headers, msgspec.json.encode(problem))

@@ -3,14 +3,13 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from aiohttp import web
-
 from ..core.access import FULL, READ, SCOPES
 from ..service import Service
 from . import handlers, shapes
+from .answers import Answer
 from .requests import Call, decode_segment
 
-Handler = Callable[[Service, Call], Awaitable[web.Response]]
+Handler = Callable[[Service, Call], Awaitable[Answer]]
 
 
 @dataclass(frozen=True, slots=True)

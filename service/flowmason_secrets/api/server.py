@@ -5,13 +5,13 @@ import logging
 import secrets
 from collections.abc import Callable
 
-from aiohttp import web
 from aiohttp.web_request import BaseRequest
 
 from ..core.access import Caller, Principal
 from ..core.errors import SecretsError, Unauthenticated
 from ..service import Service
 from . import openapi, requests
+from .answers import Answer, json_answer
 from .problems import RequestError, internal_error, problem_response
 from .requests import Call
 from .routes import ROUTES, Route, RouteTable
@@ -27,9 +27,8 @@ _NOBODY = Caller(Principal("", "", "nobody", frozenset()))
 def _openapi_route() -> Route:
     body = openapi.document()
 
-    async def get_openapi(service: Service, call: Call) -> web.Response:
-        headers = {"Content-Type": "application/json", "Server": "flowmason"}
-        return web.Response(body=body, headers=headers)
+    async def get_openapi(service: Service, call: Call) -> Answer:
+        return json_answer(body)
 
     return Route("GET", OPENAPI_PATH, get_openapi, (), {})
 
@@ -52,7 +51,7 @@ class Dispatcher:
         stem, counter = secrets.token_hex(6), itertools.count(1)
         self._new_request_id: Callable[[], str] = lambda: f"{stem}-{next(counter):x}"
 
-    async def __call__(self, raw: BaseRequest) -> web.StreamResponse:
+    async def __call__(self, raw: BaseRequest) -> Answer:
         """Answer one request."""
         request_id = requests.request_id(raw) or self._new_request_id()
         try:
