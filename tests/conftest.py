@@ -40,7 +40,7 @@ def caller() -> Caller:
 
 @pytest.fixture
 async def client(service: Service) -> AsyncIterator[Client]:
-    """Makes HTTP clients of a server over `service`: `await client(org="acme", scopes=("full",))`."""
+    """Makes HTTP clients of a server over `service`: `await client(scopes=("read",))`."""
     sessions: list[aiohttp.ClientSession] = []
     async with RawTestServer(Dispatcher(service)) as server:
 

@@ -1005,6 +1005,47 @@ def test_a_thousand_pipelined_requests(server: Server) -> None:
     assert received.count(b"HTTP/1.1 200 OK") == 1000
 
 
+def test_an_answer_to_head_has_no_body(server: Server) -> None:
+    """Or the client takes the body for the next answer (RFC 9112 §6.3)."""
+    request = "{} /healthz HTTP/1.1\r\nHost: x\r\nConnection: {}\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(request.format("HEAD", "keep-alive").encode())
+        connection.sendall(request.format("GET", "close").encode())
+        received = b""
+        while data := connection.recv(65536):
+            received += data
+    first, second, third = received.split(b"\r\n\r\n")
+    assert first.startswith(b"HTTP/1.1 405 ")
+    assert second.startswith(b"HTTP/1.1 200 ")
+    assert json.loads(third) == {"status": "alive"}
+
+
+def _resident(server: Server) -> int:
+    """Resident memory of the server in bytes."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_a_client_that_asks_and_does_not_read(server: Server) -> None:
+    """What it does not take is not made: anybody may ask, and a question is shorter than an
+    answer.
+    """
+    request = b"GET /api/v1/openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    before = most = _resident(server)
+    with server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(0.5)
+        # The server stops to read: that is what the client should notice.
+        with contextlib.suppress(TimeoutError):
+            connection.sendall(request * 20_000)
+        asked = time.monotonic()
+        while time.monotonic() - asked < 2.0:
+            assert server.get("KNOWN").status == 200
+            most = max(most, _resident(server))
+    assert most - before < 48 << 20, f"grew by {(most - before) >> 20} MiB"
+
+
 def test_a_client_that_waits_to_be_told_to_continue(impatient: Server) -> None:
     """RFC 9110 §10.1.1: it gets `100 Continue`, or an answer at once."""
     body = b'{"name":"CONTINUED","value":"y"}'

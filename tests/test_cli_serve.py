@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import fcntl
 import ipaddress
 import json
 import signal
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from flowmason_secrets import config
+from flowmason_secrets.storage.published import Layout
 
 from .harness.server import MASTER_KEY, issue_key, serving
 from .test_cli import PROGRAM, environment, local, run
@@ -64,28 +66,38 @@ async def test_sigterm_lets_requests_end(data_dir: Path) -> None:
     ready = (await process.stdout.readline()).decode()
     assert ready.startswith("flowmason-secrets is ready on http://127.0.0.1:")
     port = int(ready.rpartition(":")[2])
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = json.dumps({"name": "A", "value": "1"}).encode()
+    body = json.dumps({"name": "A", "value": "1"})
     head = (
         "POST /api/v1/secrets HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"X-API-Key: {api_key}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    # The answer to the first request says that the server has the begin of the second one too.
-    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + head.encode() + body[:5])
-    assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
-    process.send_signal(signal.SIGTERM)
-    with pytest.raises(ConnectionError):
-        while True:
-            _, another = await asyncio.open_connection("127.0.0.1", port)
-            another.close()
-            await another.wait_closed()
-    assert process.returncode is None
-    writer.write(body[5:])
+    with Layout(data_dir).lock.open("rb") as lock:
+        # Nothing is committed while this process has the lock of the data directory.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        # The answer to the first request says that the server has the second one too.
+        writer.write(f"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n{head}{body}".encode())
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+        process.send_signal(signal.SIGTERM)
+        while await accepts(port):
+            pass
+        assert process.returncode is None
     assert b" 201 Created" in await reader.read()
     writer.close()
     assert await process.communicate() == (b"", b"")
     assert process.returncode == 0
     assert (await local(data_dir).run("get", "A")).out == "1\n"
+
+
+async def accepts(port: int) -> bool:
+    """Whether somebody listens on the port."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        await writer.wait_closed()
+    except ConnectionError:
+        return False
+    return True
 
 
 async def test_tls(data_dir: Path, certificate: Certificate) -> None:

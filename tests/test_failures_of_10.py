@@ -412,7 +412,11 @@ async def test_what_needs_no_event_is_answered_on_a_full_disk(
         for path in paths:
             status, answer = await ask(client, "GET", path)
             assert (status, len(answer) > 0) == (200, True)
-    assert {path: status for path, (status, _) in found.items()} == dict.fromkeys(paths, 200)
+    statuses = {path: status for path, (status, _) in found.items()}
+    if not settled:
+        # The index may be behind, and can't follow on a full disk: then it says so.
+        assert {statuses.pop(SECRETS), statuses.pop(AUDIT_LOG)} <= {200, 503}
+    assert set(statuses.values()) == {200}
 
 
 async def test_an_index_that_cannot_follow_says_so_on_a_full_disk(data_dir: Path) -> None:
@@ -628,7 +632,6 @@ async def test_refused_and_failed_reads_are_in_the_audit_log(data_dir: Path) -> 
             assert (found, problem["code"]) == (status, code)
             _, who = await ask(client, "GET", WHOAMI, headers=headers)
             ids[scope] = who["api_key_id"]
-        # An undecryptable one: the same files under another master key.
         status, entries = await ask(client, "GET", f"{AUDIT_LOG}?success=false")
         assert status == 200
     assert len(entries) == len(expected)
@@ -805,7 +808,6 @@ async def test_listing_does_not_block_others(data_dir: Path) -> None:
     assert len(took) >= 20
     p95 = statistics.quantiles(took, n=20)[-1]
     assert p95 < 0.25, (p95, statistics.median(lists))
-    print(len(took), p95, max(took), statistics.median(lists))
 
 
 # Anybody can make an organisation and a full-scope key for himself.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flowmason_secrets.core import times
 from flowmason_secrets.core.access import Principal
-from flowmason_secrets.core.errors import LogDamaged
+from flowmason_secrets.core.errors import IndexUnavailable, LogDamaged
 from flowmason_secrets.core.events import Line
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
 from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
@@ -651,7 +651,7 @@ async def test_a_busy_database_is_not_a_damaged_one(
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("begin immediate")
     monkeypatch.setattr(listing, "load", locked)
-    with pytest.raises(sqlite3.OperationalError, match="locked"):
+    with pytest.raises(IndexUnavailable, match="locked"):
         await index.listing(ListQuery("acme", NOW), log.position())
     holder.close()
     assert path.stat().st_ino == inode

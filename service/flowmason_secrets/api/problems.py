@@ -40,7 +40,7 @@ def problem_response(error: SecretsError, request_id: str) -> Answer:
         problem = msgspec.structs.replace(problem, key_id=error.key_id, held=list(error.held))
     elif isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="flowmason-secrets"'
-    elif isinstance(error, errors.LogUnavailable | errors.Overloaded):
+    elif isinstance(error, errors.LogUnavailable | errors.Overloaded | errors.IndexUnavailable):
         headers["Retry-After"] = str(error.retry_after)
     return _response(problem, headers)
 

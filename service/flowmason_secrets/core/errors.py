@@ -75,9 +75,15 @@ class DecryptionFailed(SecretsError):
     title = "Decryption failed"
 
     def __init__(self, name: str, key_id: str, held: Sequence[str]) -> None:
+        problem = f"Secret {name!r} needs the master key {key_id}; held here: {', '.join(held)}."
+        if key_id in held:
+            problem = (
+                f"Secret {name!r} can't be decrypted with the master key {key_id}, the one of "
+                f"{', '.join(held)} that it should be under: it was written with another one "
+                "(FlowMason 1.0 does not say which), or its file was changed."
+            )
         super().__init__(
-            f"Secret {name!r} needs the master key {key_id}; held here: {', '.join(held)}. "
-            "Configure the key that it was written with; nothing on disk was changed."
+            f"{problem} Configure the key that it was written with; nothing on disk was changed."
         )
         self.name = name
         self.key_id = key_id
@@ -149,6 +155,20 @@ class Overloaded(SecretsError):
 
     def __init__(self, retry_after: int = 1) -> None:
         super().__init__("Too many operations are waiting to be committed; try again shortly.")
+        self.retry_after = retry_after
+
+
+class IndexUnavailable(SecretsError):
+    """The projections can't be brought up to date. `retry_after` is in seconds."""
+
+    code = "index_unavailable"
+    title = "Index unavailable"
+
+    def __init__(self, reason: str, retry_after: int = 1) -> None:
+        super().__init__(
+            f"Lists and audit queries can't be answered now: the index can't be written ({reason})."
+        )
+        self.reason = reason
         self.retry_after = retry_after
 
 

@@ -16,6 +16,7 @@ STATUS: dict[type[errors.SecretsError], int] = {
     errors.ConfigurationError: 500,
     errors.LogUnavailable: 503,
     errors.LogDamaged: 503,
+    errors.IndexUnavailable: 503,
     errors.Overloaded: 503,
 }
 

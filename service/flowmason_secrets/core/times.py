@@ -1,13 +1,19 @@
 """Points in time: floats of seconds since the epoch inside, RFC 3339 in UTC outside."""
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from .errors import InvalidInput
 
 _RFC3339 = re.compile(
     r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})", re.ASCII
 )
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST = (datetime(1, 1, 1, tzinfo=UTC) - _EPOCH).total_seconds()
+# A second before the end: floats of that size don't hold microseconds.
+_LAST = (datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC) - _EPOCH).total_seconds()
 
 
 def render(timestamp: float) -> str:
@@ -24,8 +30,8 @@ def parse(text: str, field: str) -> float:
     if not _RFC3339.fullmatch(text):
         raise InvalidInput(field, "must be an RFC 3339 time with a zone, like 2026-01-31T12:00:00Z")
     try:
-        return datetime.fromisoformat(text.upper()).timestamp()
-    except (ValueError, OverflowError):
+        return _seconds(datetime.fromisoformat(text.upper()))
+    except ValueError:
         raise InvalidInput(field, "is not a time that exists") from None
 
 
@@ -35,4 +41,14 @@ def parse_stored(text: str) -> float:
     Raises:
         ValueError: not a time at all.
     """
-    return datetime.fromisoformat(text).timestamp()
+    return _seconds(datetime.fromisoformat(text))
+
+
+def _seconds(moment: datetime) -> float:
+    """What lies beyond the ends of time in UTC counts as these ends: people write "never" so."""
+    if moment.tzinfo is None:
+        try:
+            moment = moment.astimezone()
+        except (OverflowError, ValueError):
+            moment = moment.replace(tzinfo=UTC)
+    return min(max((moment - _EPOCH) / timedelta(seconds=1), _FIRST), _LAST)

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import aiofiles.os
 
+from ..core.errors import IndexUnavailable
 from ..core.events import Line
 from ..core.names import org_hash
 from ..core.ports import AuditQuery, ListQuery, Tail
@@ -76,6 +77,7 @@ class SqliteIndex:
 
         Raises:
             LogDamaged: the log does not hold `position` events.
+            IndexUnavailable: the database can't be written.
         """
 
         def search(opened: _Open) -> list[Line]:
@@ -90,6 +92,7 @@ class SqliteIndex:
 
         Raises:
             LogDamaged: the log does not hold `position` events.
+            IndexUnavailable: the database can't be written.
         """
         found: list[Metadata] = []
         after: str | None = query.after
@@ -180,11 +183,14 @@ class SqliteIndex:
             reason = str(damage)
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
-                raise
+                raise IndexUnavailable(str(error)) from error
             reason = str(error)
         self._opened = None
-        self._database.discard(reason)
-        return work(self._open())
+        try:
+            self._database.discard(reason)
+            return work(self._open())
+        except (OSError, sqlite3.DatabaseError, Damaged) as error:
+            raise IndexUnavailable(str(error)) from error
 
     def _open(self) -> _Open:
         connection = self._database.current

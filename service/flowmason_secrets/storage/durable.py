@@ -39,6 +39,12 @@ class Durable:
         os.makedirs(path, mode=mode, exist_ok=True)
         os.chmod(path, mode)
 
+    def restrict(self, path: Path, mode: int = PRIVATE_DIR) -> None:
+        """Take from a directory's mode what goes beyond `mode`."""
+        current = stat.S_IMODE(path.stat().st_mode)
+        if current & ~mode:
+            path.chmod(current & mode)
+
     def open_append(self, path: Path, mode: int) -> int:
         """A descriptor that appends to `path`; a file it creates has exactly `mode`."""
         return self._open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, mode)

@@ -108,6 +108,9 @@ class Engine:
         layout, durable = self._env.layout, self._env.durable
         for directory in (layout.root, layout.events, layout.staged, layout.keys):
             durable.make_directory(directory)
+        # FlowMason 1.0 made its directories with the default mode.
+        for org in layout.organisations():
+            durable.restrict(layout.root / org)
         durable.sync_path(layout.root)
         return durable.open_slot(layout.lock)
 
@@ -167,7 +170,7 @@ class Engine:
             for line in newest.values():
                 change = staged.get(line["id"])
                 if change is not None:
-                    paths.update(self._env.published.publish(change))
+                    paths.update(self._env.published.publish_again(change))
             sync_published(paths, self._env.durable)
         leftovers.remove()
         # Too small a number is safe: it makes others recover once more. Without it, metadata
@@ -214,7 +217,10 @@ class Engine:
             self._publish([change for _, change in changes], log, lock)
         for seq, (index, event) in enumerate(admitted, log.position - len(admitted)):
             verdicts[index] = Receipt(seq, event.id)
-        self.position = log.position
+        # If publishing failed, the log is abandoned: whoever read the old files meanwhile must not
+        # pass for having read them after this batch.
+        if self._log is log:
+            self.position = log.position
 
     def _stage(self, changes: Sequence[tuple[str, Change]], position: int) -> None:
         if self._journal is not None and self._journal.orphaned():

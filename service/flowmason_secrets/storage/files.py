@@ -14,7 +14,6 @@ from ..core.ports import Chunk, Verdict
 from ..core.records import ApiKey, Metadata, SecretRecord
 from .engine import JOURNAL_LIMIT, Engine, Environment
 from .eventlog import ChunkReader, read_line
-from .published import Layout
 from .staging import Journal
 
 T = TypeVar("T")
@@ -125,7 +124,7 @@ class FilesTail:
 
     def organisations(self) -> list[str]:
         """See `Tail.organisations`."""
-        return organisations(self._layout)
+        return self._layout.organisations()
 
     def stems(self, org_hash: str) -> list[str]:
         """See `Tail.stems`."""
@@ -134,12 +133,3 @@ class FilesTail:
     def metadata(self, org_hash: str, stem: str) -> Metadata | None:
         """See `Tail.metadata`."""
         return self._published.metadata(org_hash, stem)
-
-
-def organisations(layout: Layout) -> list[str]:
-    """The directories of organisations: 16 hex digits. # format §2.1"""
-    return sorted(
-        path.name
-        for path in layout.root.glob("[0-9a-f]" * 16)
-        if len(path.name) == 16 and path.is_dir()
-    )

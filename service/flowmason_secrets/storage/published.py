@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
+from uuid import uuid4
 
 from ..core.names import org_hash, secret_hash
 from ..core.records import ApiKey, Change, DropSecret, Metadata, PutApiKey, PutSecret, SecretRecord
@@ -27,6 +28,11 @@ class Layout:
         self.lock = root / "commit.lock"
         self.index = root / "index.sqlite3"
 
+    def organisations(self) -> list[str]:
+        """The directories of organisations: 16 hex digits. # format §2.1"""
+        names = (path.name for path in self.root.glob("[0-9a-f]" * 16) if path.is_dir())
+        return sorted(names)
+
     # Plain strings: these are made for every change, and pathlib is slow.
 
     def secret(self, org: str, stem: str) -> tuple[str, str]:
@@ -47,6 +53,18 @@ class Published:
         self._durable = durable
         self._oldest_key = oldest_key
 
+    def publish_again(self, change: Change) -> list[str]:
+        """Like `publish`, but writes nothing where all of it is there: a disk may be full."""
+        match change:
+            case PutSecret(org_id, metadata, token):
+                found = self.secret(org_id, metadata.name, 0)
+                if found is not None and (found.metadata, found.token) == (metadata, token):
+                    return list(self._paths(org_id, metadata.name))
+            case PutApiKey(key):
+                if self.api_key(key.digest) == key:
+                    return [self._layout.api_key(key.digest)]
+        return self.publish(change)
+
     def publish(self, change: Change) -> list[str]:
         """Make a committed change visible; returns the paths it touched, not yet synced."""
         match change:
@@ -65,7 +83,10 @@ class Published:
                 return [secret, meta]
             case PutApiKey(key):
                 path = self._layout.api_key(key.digest)
-                self._place(path, wire.encode_api_key(key))
+                # Key files are read without the gate, and by listing them: never half of one.
+                draft = self._layout.staged / f"{uuid4().hex}.tmp"
+                self._durable.create(draft, wire.encode_api_key(key), PRIVATE_FILE, sync=False)
+                self._durable.rename(draft, Path(path))
                 return [path]
 
     def secret(self, org_id: str, name: str, as_of: int) -> SecretRecord | None:
@@ -104,11 +125,13 @@ class Published:
         return None
 
     def api_key(self, digest: str) -> ApiKey | None:
-        """Raises:
-        Malformed: the file is damaged.
-        """
+        """The API key with this SHA-256; None without one, or for a damaged file (logged)."""
         raw = _read(self._layout.api_key(digest))
-        return None if raw is None else wire.decode_api_key(raw)
+        try:
+            return None if raw is None else wire.decode_api_key(raw)
+        except wire.Malformed as error:
+            _log.error("keys/%s.json is damaged and opens nothing: %s", digest, error)
+            return None
 
     def api_keys(self, org_id: str) -> list[ApiKey]:
         """All API keys of the organisation, oldest first."""

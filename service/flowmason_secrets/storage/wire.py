@@ -1,6 +1,7 @@
 """Events, metadata, API keys and staged changes as bytes. FORMAT.md §2, §4, §5, §6."""
 
 import hashlib
+import json
 from typing import Any
 
 import orjson
@@ -99,7 +100,7 @@ def decode_metadata(data: bytes, oldest_key: str) -> tuple[Metadata, str | None]
         Malformed: incomplete, or not JSON at all.
     """
     try:
-        fields: dict[str, Any] = orjson.loads(data)
+        fields = _load(data)
         expires_at = fields.get("expires_at")
         expiry = None if expires_at is None else times.parse_stored(expires_at)
         metadata = Metadata(
@@ -119,6 +120,16 @@ def decode_metadata(data: bytes, oldest_key: str) -> tuple[Metadata, str | None]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise Malformed(f"unreadable metadata: {type(error).__name__}") from None
     return metadata, fields.get("token_sha256")
+
+
+def _load(data: bytes) -> dict[str, Any]:
+    try:
+        fields: dict[str, Any] = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        # FlowMason 1.0 escaped lone surrogates, which have no UTF-8 form.
+        text = json.dumps(json.loads(data), ensure_ascii=False)
+        fields = orjson.loads(text.encode("utf-8", "replace"))
+    return fields
 
 
 def encode_api_key(key: ApiKey) -> bytes:
