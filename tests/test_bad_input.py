@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import secrets
@@ -1062,13 +1063,13 @@ def test_a_client_that_waits_to_be_told_to_continue(impatient: Server) -> None:
 
 
 def _body_that_never_ends(server: Server) -> Iterator[bytes]:
-    yield server.compose("POST", SECRETS, b" " * 1000).rstrip(b" ")
-    yield from (b" " for _ in range(1000))
+    head = server.compose("POST", SECRETS, b" " * 500_000).rstrip(b" ")
+    return itertools.chain([head], itertools.repeat(b" "))
 
 
 def _chunks_that_never_end(server: Server) -> Iterator[bytes]:
-    yield _chunked(server, b" ", 1).removesuffix(b"0\r\n\r\n")
-    yield from (b"1\r\n \r\n" for _ in range(1000))
+    head = _chunked(server, b" ", 1).removesuffix(b"0\r\n\r\n")
+    return itertools.chain([head], itertools.repeat(b"1\r\n \r\n"))
 
 
 @pytest.mark.parametrize("trickle", [True, False], ids=["trickle", "silence"])

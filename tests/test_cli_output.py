@@ -84,8 +84,10 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
         self.shown = ""
 
-    async def run(self, place: Place, *arguments: str, typed: Sequence[str] = ()) -> int:
-        """Run the program there, answering each prompt with what is typed; returns its code."""
+    async def run(
+        self, place: Place, *arguments: str, typed: Sequence[tuple[str, str]] = ()
+    ) -> int:
+        """Run the program there, typing a line after each of these prompts; returns its code."""
         become = (
             "import fcntl, os, sys, termios; os.setsid(); "
             "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
@@ -98,22 +100,32 @@ class Terminal:
             stderr=self._slave,
         )
         os.close(self._slave)
-        for line in typed:
-            before = len(self.shown)
-            while ": " not in self.shown[before:]:
-                assert await self._read()
-            os.write(self._master, line.encode() + b"\n")
-        while await self._read():
-            pass
-        os.close(self._master)
-        return await process.wait()
+        try:
+            async with asyncio.timeout(60):
+                seen = 0
+                for prompt, line in typed:
+                    while prompt not in self.shown[seen:]:
+                        assert await self._read(), self.shown
+                    seen = self.shown.index(prompt, seen) + len(prompt)
+                    os.write(self._master, line.encode() + b"\n")
+                while await self._read():
+                    pass
+                return await process.wait()
+        finally:
+            # Its end, if it has not ended: the program loses its terminal.
+            os.close(self._master)
 
     async def _read(self) -> bool:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._master, ready.set)
         try:
-            data = await asyncio.to_thread(os.read, self._master, 65536)
+            await ready.wait()
+            data = os.read(self._master, 65536)
         except OSError:
             # Linux's way to say that nobody has the terminal open any more.
             return False
+        finally:
+            loop.remove_reader(self._master)
         self.shown += data.decode()
         return bool(data)
 
@@ -122,7 +134,12 @@ async def test_on_a_terminal(data_dir: Path) -> None:
     place = local(data_dir)
     prompt = Terminal()
     # The first two differ, so it asks again.
-    typed = ["one", "two", "s3cret", "s3cret"]
+    typed = [
+        ("Value: ", "one"),
+        ("Once more: ", "two"),
+        ("Value: ", "s3cret"),
+        ("Once more: ", "s3cret"),
+    ]
     assert await prompt.run(place, "set", "A", typed=typed) == 0
     assert "Created 'A'" in prompt.shown
     assert "s3cret" not in prompt.shown
