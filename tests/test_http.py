@@ -1012,6 +1012,7 @@ RAISED: list[tuple[errors.SecretsError, int, str, dict[str, object], dict[str, s
     (errors.SecretDamaged("N", "r"), 500, "secret_damaged", {}, {}),
     (errors.LogUnavailable("full"), 503, "log_unavailable", {}, {"Retry-After": "1"}),
     (errors.Overloaded(), 503, "overloaded", {}, {"Retry-After": "1"}),
+    (errors.IndexUnavailable("full"), 503, "index_unavailable", {}, {"Retry-After": "1"}),
     (errors.LogDamaged("d"), 503, "log_damaged", {}, {}),
     (errors.ConfigurationError("c"), 500, "configuration", {}, {}),
 ]

@@ -1,5 +1,6 @@
 """The settings. The only reader of the environment."""
 
+import ipaddress
 import os
 import stat
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from .core.errors import ConfigurationError
 from .core.keyring import MIN_PRODUCTION_KEY
 
 PREFIX = "FLOWMASON_SECRETS_"
+API_KEY = "FLOWMASON_API_KEY"
 DEFAULT_PORT = 8700
 
 
@@ -84,6 +86,19 @@ def from_environment(
     elif key_file:
         values["master_keys"] = read_key_file(Path(key_file).expanduser())
     return Settings(**values)  # type: ignore[arg-type] # _convert has checked each of them
+
+
+def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The API key that the command line sends to a server."""
+    return environ.get(API_KEY) or None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what goes to this host stays on this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_key_file(path: Path) -> tuple[str, ...]:

@@ -65,6 +65,7 @@ class Service:
             SecretDamaged: its files are incomplete; recorded.
             LogUnavailable: the event could not be written, so the value was not revealed.
         """
+        names.check_any_name(name)
 
         async def step(attempt: Attempt) -> tuple[Metadata, Plaintext]:
             _permit(attempt.caller, name)
@@ -117,6 +118,7 @@ class Service:
             SecretNotFound, Denied, PreconditionFailed: recorded in the log as well.
             LogUnavailable: not acknowledged: it happened whole or not at all.
         """
+        names.check_any_name(name)
 
         async def step(attempt: Attempt) -> None:
             _permit(attempt.caller, name)

@@ -1,5 +1,7 @@
 """Dispatch: from aiohttp's low-level server to the handlers."""
 
+import asyncio
+import contextlib
 import itertools
 import logging
 import secrets
@@ -46,6 +48,8 @@ class Dispatcher:
         self._service = service
         self._body_timeout = body_timeout
         self._behind_proxy = behind_proxy
+        self._active = 0
+        self._idle: asyncio.Event | None = None
         self._table = RouteTable((*ROUTES, _openapi_route()))
         # Unique among processes and requests, and cheap.
         stem, counter = secrets.token_hex(6), itertools.count(1)
@@ -54,6 +58,7 @@ class Dispatcher:
     async def __call__(self, raw: BaseRequest) -> Answer:
         """Answer one request."""
         request_id = requests.request_id(raw) or self._new_request_id()
+        self._active += 1
         try:
             path, _, query = raw.raw_path.partition("?")
             route, params = self._route(raw.method, path)
@@ -68,6 +73,17 @@ class Dispatcher:
         except Exception:
             _log.exception("request %s failed", request_id)
             return internal_error(request_id)
+        finally:
+            self._active -= 1
+            if self._idle is not None and not self._active:
+                self._idle.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Return when no request is being answered, or after so many seconds."""
+        self._idle = asyncio.Event()
+        if self._active:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), seconds)
 
     def _route(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
         found = self._table.find(path)

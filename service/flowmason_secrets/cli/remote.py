@@ -1,7 +1,6 @@
 """The target behind a URL: a server, over HTTP."""
 
 import contextlib
-import ipaddress
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -12,7 +11,7 @@ import click
 import msgspec
 from yarl import URL
 
-from .. import __version__
+from .. import __version__, config
 from ..api import shapes
 from ..core import times
 from ..core.drafts import Draft, KeyDraft, Precondition
@@ -67,7 +66,7 @@ def server(url: str, api_key: str, insecure: bool) -> Server:
         )
     if parsed.user or parsed.password or parsed.query_string or parsed.fragment:
         raise click.UsageError("--url takes neither a user name, nor '?', nor '#'.")
-    if parsed.scheme == "http" and not insecure and not _is_loopback(parsed.host):
+    if parsed.scheme == "http" and not insecure and not config.is_loopback(parsed.host):
         raise click.UsageError(
             f"{url} is not encrypted: everybody on the way could read the API key and the values. "
             "Use https://, or --insecure if the network itself is safe."
@@ -253,10 +252,3 @@ def _query(given: dict[str, object]) -> dict[str, str]:
         for name, value in given.items()
         if value is not None
     }
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -16,7 +16,7 @@ from .. import config
 from ..core.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from ..app import Listen
+    from ..serving import Listen
 
 _DEFAULTS = config.Settings()
 
@@ -79,18 +79,18 @@ def serve(
 ) -> None:
     """Serve the HTTP API until SIGTERM or SIGINT; what is in flight is finished then."""
     # The other commands start twice as fast without the server.
-    from .. import app
+    from .. import app, serving
 
     settings = app.with_overrides(
         config.from_environment(), host=host, port=port, data_dir=data_dir
     )
     if production:
         config.check_production(settings)
-    listen = app.Listen(
+    listen = serving.Listen(
         settings.host, settings.port, unix_socket, _tls(tls_cert, tls_key), behind_proxy
     )
     try:
-        app.run(_serve(settings, listen))
+        serving.run(_serve(settings, listen))
     except OSError as error:
         reason = _why_not_there(error)
         if reason is None:
@@ -103,13 +103,13 @@ def serve(
 
 
 async def _serve(settings: config.Settings, listen: "Listen") -> None:
-    from .. import app
+    from .. import serving
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await app.serve(settings, listen, partial(_announce, listen), stop)
+    await serving.serve(settings, listen, partial(_announce, listen), stop)
 
 
 def _announce(listen: "Listen", url: str) -> None:

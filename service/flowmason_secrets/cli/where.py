@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from .target import Place, Target
 
 T = TypeVar("T")
 Command = Callable[..., None]
-
-API_KEY = "FLOWMASON_API_KEY"
 
 
 def target_options(
@@ -38,7 +35,7 @@ def target_options(
             help=f"The data directory.  [default: {config.PREFIX}DIR or "
             f"{config.Settings().data_dir}]",
         )
-        @click.option("--url", help=f"A server instead; its API key comes from {API_KEY}.")
+        @click.option("--url", help=f"A server instead; its API key comes from {config.API_KEY}.")
         @click.option("--insecure", is_flag=True, help="Send the API key over plain HTTP.")
         @functools.wraps(command)
         def wrapped(
@@ -86,9 +83,11 @@ def perform(place: Place, work: Callable[[Target], Awaitable[T]]) -> T:
 
 
 def _server(url: str, insecure: bool) -> Place:
-    api_key = os.environ.get(API_KEY)
+    api_key = config.api_key()
     if not api_key:
-        raise click.UsageError(f"--url needs an API key in the environment variable {API_KEY}.")
+        raise click.UsageError(
+            f"--url needs an API key in the environment variable {config.API_KEY}."
+        )
     # aiohttp takes most of a short command's time: a usage error need not wait for it.
     from . import remote
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import Denied, InvalidInput
+from .names import check_text
 
 FULL, READ, EXECUTE, DEPLOY = "full", "read", "execute", "deploy"
 SCOPES = (FULL, READ, EXECUTE, DEPLOY)
@@ -93,6 +94,8 @@ def check_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
         raise InvalidInput("allow", f"must have at most {MAX_PATTERNS} patterns")
     if any(not 1 <= len(pattern) <= 256 for pattern in patterns):
         raise InvalidInput("allow", "patterns must have 1 to 256 characters")
+    for pattern in patterns:
+        check_text("allow", pattern)
     return tuple(patterns)
 
 

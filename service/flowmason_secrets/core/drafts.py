@@ -51,7 +51,9 @@ class Draft:
             InvalidInput: names the field.
         """
         names.check_new_name(self.name)
-        size = len(self.value.reveal().encode("utf-8", "surrogatepass"))
+        size = len(self.value.reveal().encode("utf-8", "replace"))
+        names.check_text("value", self.value.reveal())
+        names.check_text("description", self.description)
         if size > names.MAX_VALUE_BYTES:
             raise errors.InvalidInput("value", f"has {size} bytes, at most 65536 are allowed")
         if len(self.description) > names.MAX_DESCRIPTION:

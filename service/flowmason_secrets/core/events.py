@@ -13,6 +13,7 @@ MAX_LINE = 8000
 
 # Bounds that keep every line below MAX_LINE even if JSON has to escape each character.
 MAX_EVENT_NAME = 256
+MAX_RESOURCE_ID = 64
 MAX_USER_AGENT = 256
 MAX_REQUEST_ID = 128
 
@@ -99,7 +100,7 @@ def event(
         outcome,
         principal.org_id,
         kind,
-        resource_id,
+        resource_id if resource_id is None else resource_id[:MAX_RESOURCE_ID],
         name if name is None or len(name) <= MAX_EVENT_NAME else name[:MAX_EVENT_NAME],
         version,
         principal.actor,

@@ -44,11 +44,20 @@ def check_any_name(name: str) -> str:
     Raises:
         InvalidInput: the text holds lone surrogates.
     """
+    return check_text("name", name)
+
+
+def check_text(field: str, text: str) -> str:
+    """Return `text` if it has a UTF-8 form.
+
+    Raises:
+        InvalidInput: it holds lone surrogates.
+    """
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise InvalidInput("name", "is not valid Unicode text") from None
-    return name
+        raise InvalidInput(field, "is not valid Unicode text") from None
+    return text
 
 
 def check_org(org_id: str) -> str:
