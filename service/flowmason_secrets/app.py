@@ -11,7 +11,7 @@ from .config import PREFIX, Settings
 from .core.access import ANY, Caller, Principal
 from .core.events import Ids
 from .core.keyring import DEFAULT_KEY, Keyring, MasterKey
-from .core.names import check_org, check_text
+from .core.names import check_line, check_org
 from .core.ports import Sources
 from .index.sqlite import SqliteIndex
 from .service import Service
@@ -79,7 +79,7 @@ def local_caller(org_id: str, actor: str | None = None) -> Caller:
     Raises:
         InvalidInput: not the name of an organisation.
     """
-    who = check_text("actor", actor or _user())
+    who = check_line("actor", actor or _user())
     return Caller(Principal(check_org(org_id), who[:128], "local", ANY))
 
 

@@ -16,6 +16,9 @@ from .gate import Gate
 
 T = TypeVar("T")
 
+# Key ids in the event of a failed decryption: it has to fit into a line.
+_HELD = 16
+
 
 class Attempt:
     """One run through the path: what it read and what it wants, until the gate decides."""
@@ -125,7 +128,7 @@ class Path:
             status, outcome = STATUS[type(refusal)], outcome_of(refusal)
             details = {"error": refusal.code}
             if isinstance(refusal, errors.DecryptionFailed):
-                details |= {"key_id": refusal.key_id, "held": list(refusal.held)}
+                details |= {"key_id": refusal.key_id, "held": list(refusal.held[:_HELD])}
         event_id = self._event_id(attempt)
         return event(
             event_id,

@@ -1,16 +1,22 @@
 """API keys: who a request comes from, and the failures of those who have none."""
 
 import asyncio
+import contextlib
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Callable
 
 from .core.access import Caller, Principal
-from .core.errors import Unauthenticated
+from .core.errors import SecretsError, Unauthenticated
 from .core.events import Event
 from .core.intents import Intent
+from .core.keyring import Plaintext
 from .core.ports import Clock, Store
 from .core.records import Ref
 from .gate import Gate
+
+_log = logging.getLogger(__name__)
 
 # API keys whose principals are kept in memory, and addresses whose failures are counted apart.
 KEPT_KEYS = 10_000
@@ -26,7 +32,7 @@ class Authentication:
         self._clock = clock
         self._known: dict[str, tuple[Principal, int]] = {}
 
-    async def authenticate(self, api_key: str) -> tuple[Principal, int]:
+    async def authenticate(self, api_key: Plaintext) -> tuple[Principal, int]:
         """The principal of a live API key, and the size of the log when it was looked up.
 
         Only the gate knows whether the key is live still: make the intent depend on it.
@@ -36,7 +42,7 @@ class Authentication:
         """
         return self.recall(api_key) or await self._look_up(_digest(api_key))
 
-    def recall(self, api_key: str) -> tuple[Principal, int] | None:
+    def recall(self, api_key: Plaintext) -> tuple[Principal, int] | None:
         """The same as far as it is in memory; None for a key that has to be looked up."""
         known = self._known.get(_digest(api_key))
         if known is not None:
@@ -69,8 +75,8 @@ class Authentication:
         return known
 
 
-def _digest(api_key: str) -> str:
-    return hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).hexdigest()
+def _digest(api_key: Plaintext) -> str:
+    return hashlib.sha256(api_key.reveal().encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def depends_on(caller: Caller) -> tuple[tuple[Ref, int], ...]:
@@ -87,15 +93,16 @@ class Failures:
     def __init__(self, gate: Gate, new_id: Callable[[], str]) -> None:
         self._gate = gate
         self._new_id = new_id
-        self._counts: dict[str | None, int] = {}
+        self._counts: Counter[str | None] = Counter()
         self._flusher: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     def note(self, client_ip: str | None) -> None:
         """One more failure from this address."""
         # Past the bound, addresses share one count: memory and log stay bounded.
         if client_ip not in self._counts and len(self._counts) >= COUNTED_ADDRESSES:
             client_ip = None
-        self._counts[client_ip] = self._counts.get(client_ip, 0) + 1
+        self._counts[client_ip] += 1
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush_later())
 
@@ -105,7 +112,8 @@ class Failures:
         Raises:
             LogUnavailable: some could not be written.
         """
-        for client_ip, count in list(self._counts.items()):
+        for client_ip in list(self._counts):
+            count = self._counts.pop(client_ip, 0)
             event = Event(
                 id=self._new_id(),
                 action="auth.failed",
@@ -117,22 +125,26 @@ class Failures:
                 status=401,
                 details={"error": Unauthenticated.code, "count": count},
             )
-            await self._gate.submit(Intent(event, ()))
-            self._counts[client_ip] -= count
-            if not self._counts[client_ip]:
-                del self._counts[client_ip]
+            try:
+                await self._gate.submit(Intent(event, ()))
+            except SecretsError:
+                self._counts[client_ip] += count
+                raise
 
     async def close(self) -> None:
         """Stop the timer and write what was counted."""
+        self._closing.set()
         if self._flusher is not None:
-            self._flusher.cancel()
-            await asyncio.wait([self._flusher])
+            await self._flusher
         await self.flush()
 
     async def _flush_later(self) -> None:
         try:
-            await asyncio.sleep(FLUSH_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), FLUSH_SECONDS)
             await self.flush()
+        except SecretsError as error:
+            # Tried again with the next failure, or at the end.
+            _log.warning("failed authentications could not be recorded: %s", error)
         finally:
-            # What could not be written is tried again with the next failure, or at the end.
             self._flusher = None

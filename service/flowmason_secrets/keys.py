@@ -1,5 +1,6 @@
 """The use cases of API keys: create, list, revoke."""
 
+import re
 import secrets
 from dataclasses import replace
 from hashlib import sha256
@@ -14,6 +15,8 @@ from .core.ports import Clock, Store
 from .core.records import ApiKey, PutApiKey
 
 _FULL = frozenset({FULL})
+
+_KEY_ID = re.compile(r"key_[0-9a-f]{16}")
 
 
 class ApiKeys:
@@ -33,6 +36,7 @@ class ApiKeys:
         """
         names.check_label(draft.name)
         now = self._clock()
+        expiry = None if draft.expires_at is None else times.parse(draft.expires_at, "expires_at")
         # format §4: fm_live_ and 48 hex digits, of which only the SHA-256 is kept.
         raw = Plaintext(f"fm_live_{secrets.token_hex(24)}")
         key = ApiKey(
@@ -44,10 +48,8 @@ class ApiKeys:
             allow=access.check_patterns(draft.allow),
             created_at=times.render(now),
             created_by=caller.principal.actor,
-            expires_at=draft.expires_at,
-            expiry=None
-            if draft.expires_at is None
-            else times.parse(draft.expires_at, "expires_at"),
+            expires_at=None if expiry is None else times.render(expiry),
+            expiry=expiry,
         )
 
         async def step(attempt: Attempt) -> None:
@@ -78,6 +80,9 @@ class ApiKeys:
 
         async def step(attempt: Attempt) -> None:
             _may_manage(attempt.caller.principal)
+            if not _KEY_ID.fullmatch(key_id):
+                attempt.resource = ("api_key", None, None)
+                raise errors.ApiKeyNotFound(key_id)
             attempt.resource = ("api_key", key_id, None)
             org_id = attempt.caller.principal.org_id
             attempt.depends += (((org_id, key_id), self._store.position),)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from .api.server import Dispatcher
+from .api.server import Dispatcher, make_server
 from .app import open_service
 from .config import Settings, is_loopback
 from .core.errors import ConfigurationError
@@ -61,9 +61,7 @@ async def serve(
         dispatcher = Dispatcher(
             service, body_timeout=settings.body_timeout, behind_proxy=listen.behind_proxy
         )
-        server = web.Server(
-            dispatcher, access_log=None, keepalive_timeout=settings.keepalive_timeout
-        )
+        server = make_server(dispatcher, settings.keepalive_timeout)
         runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN)
         await runner.setup()
         try:

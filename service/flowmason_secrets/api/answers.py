@@ -13,6 +13,9 @@ from aiohttp.web_request import BaseRequest
 
 _JSON = "application/json"
 
+# Bytes that a client may leave unread before his next request has to wait.
+_UNREAD = 65536
+
 _REASONS = {int(status): status.phrase for status in HTTPStatus}
 
 
@@ -41,7 +44,8 @@ class Answer(web.StreamResponse):
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client went away")
-        self._keep_alive = keep_alive = request.keep_alive
+        keep_alive = request.keep_alive if self._keep_alive is None else self._keep_alive
+        self._keep_alive = keep_alive
         modern = request.version >= HttpVersion11
         connection = ""
         if keep_alive != modern:
@@ -51,8 +55,12 @@ class Answer(web.StreamResponse):
             f"{self._head}{connection}Content-Length: {len(self._content)}\r\n"
             f"Date: {_date(int(time.time()))}\r\nServer: flowmason\r\n\r\n"
         )
-        transport.write(head.encode("latin-1") + self._content)
+        body = b"" if request.method == "HEAD" else self._content
+        transport.write(head.encode("latin-1") + body)
         self._eof_sent = True
+        if transport.get_write_buffer_size() > _UNREAD:
+            # A client that asks and does not read waits for himself.
+            await request.writer.drain()
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:

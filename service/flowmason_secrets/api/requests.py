@@ -9,11 +9,13 @@ from urllib.parse import parse_qsl, unquote_to_bytes
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_request import BaseRequest
 
 from ..core.access import Caller
 from ..core.drafts import Precondition
 from ..core.errors import InvalidInput
+from ..core.keyring import Plaintext
 from .problems import RequestError, malformed
 
 T = TypeVar("T")
@@ -22,7 +24,7 @@ T = TypeVar("T")
 MAX_BODY = 512 << 10
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_ETAG = re.compile(r'\s*(?:W/)?("[^"]*"|\*)\s*(?:,|$)')
+_ETAG = re.compile(r'[ \t]*+(W/)?("[^"]*+"|\*)[ \t]*+(?:,|$)')
 
 
 @dataclass(slots=True)
@@ -63,13 +65,26 @@ def client_ip(raw: BaseRequest, behind_proxy: bool) -> str | None:
     return raw.remote or None
 
 
-def api_key(raw: BaseRequest) -> str | None:
-    """The API key of a request, from `Authorization: Bearer` or else `X-API-Key`."""
-    authorization = raw.headers.get("Authorization")
-    if authorization is None:
-        return raw.headers.get("X-API-Key")
-    scheme, _, key = authorization.partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else None
+def api_key(raw: BaseRequest) -> Plaintext | None:
+    """The API key of a request, from `Authorization: Bearer` or else `X-API-Key`.
+
+    Raises:
+        RequestError: several, of which somebody on the way may have checked another one.
+    """
+    sent = raw.headers.getall("Authorization", ())
+    if len(sent) > 1:
+        raise malformed("There must be one Authorization header.")
+    if not sent:
+        given = raw.headers.get("X-API-Key")
+        return Plaintext(given) if given else None
+    scheme, _, key = sent[0].partition(" ")
+    return Plaintext(key.strip()) if scheme.lower() == "bearer" else None
+
+
+def origin_form(target: str) -> str:
+    """The path and query of a request target in absolute form (RFC 9112 §3.2.2)."""
+    _, _, rest = target.partition("://")
+    return "/" + rest.partition("/")[2]
 
 
 def decode_segment(segment: str) -> str:
@@ -146,12 +161,26 @@ def precondition(raw: BaseRequest) -> Precondition | None:
             raise malformed("If-None-Match must be '*' in a write.")
         return Precondition(absent=True)
     if match:
-        text = ",".join(match)
-        etags = tuple(_ETAG.findall(text))
-        if not etags or _ETAG.sub("", text):
-            raise malformed("If-Match must hold entity tags in double quotes, or '*'.")
-        return Precondition(etags=etags)
+        return Precondition(etags=_strong(",".join(match)))
     return None
+
+
+def _strong(text: str) -> tuple[str, ...]:
+    """The entity tags that may match: weak ones never do (RFC 9110 §13.1.1).
+
+    Raises:
+        RequestError: something else than entity tags.
+    """
+    etags: list[str] = []
+    place = 0
+    while place < len(text) or not place:
+        found = _ETAG.match(text, place)
+        if found is None:
+            raise malformed("If-Match must hold entity tags in double quotes, or '*'.")
+        if not found[1]:
+            etags.append(found[2])
+        place = found.end()
+    return tuple(etags)
 
 
 async def body(call: Call, shape: type[T]) -> T:
@@ -169,9 +198,16 @@ async def body(call: Call, shape: type[T]) -> T:
             "Unsupported media type",
             "Send 'Content-Type: application/json'.",
         )
-    data = await _read(call)
+    if call.raw.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise RequestError(
+            415,
+            "unsupported_media_type",
+            "Unsupported media type",
+            "Send the body without Content-Encoding.",
+        )
     try:
-        return msgspec.json.decode(data, type=shape)
+        # No variable holds the body: tracebacks show variables.
+        return msgspec.json.decode(await _read(call), type=shape)
     except msgspec.ValidationError as error:
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -184,15 +220,15 @@ async def _read(call: Call) -> bytes:
     )
     if (call.raw.content_length or 0) > MAX_BODY:
         raise too_large
-    chunks: list[bytes] = []
-    size = 0
+    _continue(call.raw)
+    body = bytearray()
     try:
         async with asyncio.timeout(call.body_timeout):
-            while chunk := await call.raw.content.readany():
-                size += len(chunk)
-                if size > MAX_BODY:
-                    raise too_large
-                chunks.append(chunk)
+            while len(body) <= MAX_BODY and not call.raw.content.at_eof():
+                body += await call.raw.content.readany()
+        if len(body) <= MAX_BODY:
+            return bytes(body)
+        raise too_large
     except TimeoutError:
         raise RequestError(
             408,
@@ -200,9 +236,16 @@ async def _read(call: Call) -> bytes:
             "Request timeout",
             f"The body did not arrive within {call.body_timeout:g} seconds.",
         ) from None
-    except web.PayloadAccessError:
-        raise malformed("The body ended early.") from None
-    return b"".join(chunks)
+    except (web.PayloadAccessError, web.RequestPayloadError, HttpProcessingError):
+        raise malformed("The body ended early, or is not framed as HTTP says.") from None
+    finally:
+        body.clear()
+
+
+def _continue(raw: BaseRequest) -> None:
+    """Tell a client who waits for it that his body is wanted (RFC 9110 §10.1.1)."""
+    if raw.headers.get("Expect", "").lower() == "100-continue" and raw.transport is not None:
+        raw.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _invalid(error: msgspec.ValidationError) -> InvalidInput:

@@ -7,6 +7,8 @@ import logging
 import secrets
 from collections.abc import Callable
 
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 
 from ..core.access import Caller, Principal
@@ -14,7 +16,7 @@ from ..core.errors import SecretsError, Unauthenticated
 from ..service import Service
 from . import openapi, requests
 from .answers import Answer, json_answer
-from .problems import RequestError, internal_error, problem_response
+from .problems import RequestError, internal_error, malformed, problem_response
 from .requests import Call
 from .routes import ROUTES, Route, RouteTable
 
@@ -60,13 +62,18 @@ class Dispatcher:
         request_id = requests.request_id(raw) or self._new_request_id()
         self._active += 1
         try:
-            path, _, query = raw.raw_path.partition("?")
+            target = raw.raw_path
+            if not target.startswith("/"):
+                target = requests.origin_form(target)
+            path, _, query = target.partition("?")
             route, params = self._route(raw.method, path)
             decoded = requests.decode_query(query, route.known_query) if query else {}
             caller = await self._caller(raw, request_id) if route.scopes else _NOBODY
             call = Call(raw, caller, params, decoded, self._body_timeout)
             return await route.handler(self._service, call)
         except SecretsError as error:
+            if isinstance(error, Unauthenticated):
+                self._service.failures.note(requests.client_ip(raw, self._behind_proxy))
             return problem_response(error, request_id)
         except ConnectionError:
             raise
@@ -101,16 +108,49 @@ class Dispatcher:
         return route, params
 
     async def _caller(self, raw: BaseRequest, request_id: str) -> Caller:
-        address = requests.client_ip(raw, self._behind_proxy)
         key = requests.api_key(raw)
+        if key is None:
+            raise Unauthenticated
         authentication = self._service.authentication
-        known = authentication.recall(key) if key else None
-        if known is None:
-            try:
-                if not key:
-                    raise Unauthenticated
-                known = await authentication.authenticate(key)
-            except Unauthenticated:
-                self._service.failures.note(address)
-                raise
+        known = authentication.recall(key) or await authentication.authenticate(key)
+        address = requests.client_ip(raw, self._behind_proxy)
         return Caller(*known, address, requests.user_agent(raw), request_id)
+
+
+class Protocol(RequestHandler):
+    """aiohttp's protocol, but what is not HTTP is answered and logged without a word of it: it may
+    hold keys and values, and anybody can send it.
+    """
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what the parser refused; then the connection is closed."""
+        request_id = secrets.token_hex(8)
+        _log.info("request %s is not HTTP: %s", request_id, type(exc).__name__)
+        answer = problem_response(malformed("The request is not HTTP/1.1."), request_id)
+        answer.force_close()
+        return answer
+
+
+class Server(web.Server):
+    """aiohttp's low-level server with our protocol."""
+
+    def __call__(self) -> Protocol:
+        """The protocol of a new connection."""
+        return Protocol(self, loop=self._loop, **self._kwargs)
+
+
+def make_server(dispatcher: Dispatcher, keepalive_timeout: float = 75.0) -> Server:
+    """A server that answers with `dispatcher`; the timeout in seconds."""
+    return Server(
+        dispatcher,
+        access_log=None,
+        keepalive_timeout=keepalive_timeout,
+        # Bodies are small, and what unpacks to gigabytes needs no unpacking.
+        auto_decompress=False,
+    )

@@ -7,13 +7,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import Denied, InvalidInput
-from .names import check_text
+from .names import check_line
 
 FULL, READ, EXECUTE, DEPLOY = "full", "read", "execute", "deploy"
 SCOPES = (FULL, READ, EXECUTE, DEPLOY)
 ANY: frozenset[str] = frozenset(SCOPES)
 
 MAX_PATTERNS = 64
+MAX_PATTERN_BYTES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +89,18 @@ def check_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
     """`*` stands for any run of characters, `?` for one; everything else for itself.
 
     Raises:
-        InvalidInput: more than 64 patterns, or one that is empty or over 256 characters.
+        InvalidInput: more than 64 patterns or 2,048 bytes, or one that is empty, over 256
+            characters or has control characters.
     """
     if len(patterns) > MAX_PATTERNS:
         raise InvalidInput("allow", f"must have at most {MAX_PATTERNS} patterns")
     if any(not 1 <= len(pattern) <= 256 for pattern in patterns):
         raise InvalidInput("allow", "patterns must have 1 to 256 characters")
     for pattern in patterns:
-        check_text("allow", pattern)
+        check_line("allow", pattern)
+    # They have to fit into the line of their event.
+    if sum(len(pattern.encode()) for pattern in patterns) > MAX_PATTERN_BYTES:
+        raise InvalidInput("allow", f"must have at most {MAX_PATTERN_BYTES} bytes in all")
     return tuple(patterns)
 
 

@@ -125,7 +125,8 @@ class ApiKeyNotFound(SecretsError, LookupError):
     title = "API key not found"
 
     def __init__(self, key_id: str) -> None:
-        super().__init__(f"API key {key_id!r} not found, or already revoked.")
+        # The id is not repeated: people send the key itself by mistake.
+        super().__init__("There is no live API key of this id.")
         self.key_id = key_id
 
 

@@ -33,9 +33,7 @@ def check_new_name(name: str) -> str:
     # §4.5), so a secret of that name could be created but never read.
     if name in (".", ".."):
         raise InvalidInput("name", "must not be '.' or '..', which URLs can't carry")
-    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in name):
-        raise InvalidInput("name", "must not contain control characters or line separators")
-    return name
+    return check_line("name", name)
 
 
 def check_any_name(name: str) -> str:
@@ -45,6 +43,17 @@ def check_any_name(name: str) -> str:
         InvalidInput: the text holds lone surrogates.
     """
     return check_text("name", name)
+
+
+def check_line(field: str, text: str) -> str:
+    """Return `text` if it is one line of Unicode text.
+
+    Raises:
+        InvalidInput: control characters, line separators, lone surrogates.
+    """
+    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in text):
+        raise InvalidInput(field, "must not contain control characters or line separators")
+    return text
 
 
 def check_text(field: str, text: str) -> str:
@@ -68,9 +77,7 @@ def check_org(org_id: str) -> str:
     """
     if not 1 <= len(org_id) <= MAX_ORG:
         raise InvalidInput("org_id", f"must have 1 to {MAX_ORG} characters, has {len(org_id)}")
-    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in org_id):
-        raise InvalidInput("org_id", "must not contain control characters")
-    return org_id
+    return check_line("org_id", org_id)
 
 
 def check_label(name: str) -> str:
@@ -81,9 +88,7 @@ def check_label(name: str) -> str:
     """
     if not 1 <= len(name) <= MAX_LABEL:
         raise InvalidInput("name", f"must have 1 to {MAX_LABEL} characters, has {len(name)}")
-    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in name):
-        raise InvalidInput("name", "must not contain control characters")
-    return name
+    return check_line("name", name)
 
 
 def org_hash(org_id: str) -> str:
