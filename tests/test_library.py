@@ -587,6 +587,7 @@ def test_a_forked_child_uses_the_service_of_its_parent(tmp_path: Path) -> None:
         "if pid == 0:\n"
         "    signal.alarm(30)\n"
         "    work(0)\n"
+        "    secrets.close()\n"
         "    os._exit(0)\n"
         "children = [multiprocessing.get_context('fork').Process(target=work, args=(n,))\n"
         "            for n in range(1, 4)]\n"
@@ -643,13 +644,17 @@ def test_children_forked_while_the_parent_is_busy(tmp_path: Path) -> None:
         "    while not stop.is_set():\n"
         "        secrets.set(f'P{number}', 'v')\n"
         "        secrets.list()\n"
-        "threads = [threading.Thread(target=busy, args=(n,)) for n in range(2)]\n"
+        "        turns.release()\n"
+        "turns = threading.Semaphore(0)\n"
+        "threads = [threading.Thread(target=busy, args=(n,)) for n in range(4)]\n"
         "[thread.start() for thread in threads]\n"
         "pids = []\n"
-        "for number in range(12):\n"
+        "for number in range(20):\n"
+        "    for _ in range(number + 5):\n"
+        "        turns.acquire()\n"
         "    pids.append(os.fork())\n"
         "    if pids[-1] == 0:\n"
-        "        signal.alarm(25)\n"
+        "        signal.alarm(15)\n"
         "        secrets.get('S')\n"
         "        secrets.set(f'C{number}', 'v')\n"
         "        secrets.list()\n"
@@ -660,7 +665,7 @@ def test_children_forked_while_the_parent_is_busy(tmp_path: Path) -> None:
         "print(len([s for s in secrets.list() if s.name.startswith('C')]))\n"
     )
     out = run(program, tmp_path, flags=("-W", "ignore::DeprecationWarning"))
-    assert out == f"{[0] * 12}\n12\n"
+    assert out == f"{[0] * 20}\n20\n"
     log(tmp_path)
 
 
