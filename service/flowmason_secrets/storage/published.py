@@ -59,7 +59,7 @@ class Published:
             case PutSecret(org_id, metadata, token):
                 found = self.secret(org_id, metadata.name, 0)
                 if found is not None and (found.metadata, found.token) == (metadata, token):
-                    return list(self._paths(org_id, metadata.name))
+                    return [*self._paths(org_id, metadata.name), self._layout.root_path]
             case PutApiKey(key):
                 if self.api_key(key.digest) == key:
                     return [self._layout.api_key(key.digest)]
