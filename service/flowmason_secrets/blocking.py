@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .library import MISSING, AsyncSecretsService, Missing, SecretMetadata
+from .core.records import SecretMetadata
+from .library import MISSING, AsyncSecretsService, Missing
 
 T = TypeVar("T")
 D = TypeVar("D")

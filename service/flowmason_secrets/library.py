@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -15,28 +14,12 @@ from .core.drafts import Draft
 from .core.errors import InvalidInput, SecretNotFound
 from .core.keyring import Plaintext
 from .core.ports import ListQuery
-from .core.records import Metadata
+from .core.records import SecretMetadata
 from .service import Service
 
 D = TypeVar("D")
 
 _EVERYTHING = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class SecretMetadata:
-    """Everything about a secret but its value. Times are RFC 3339 in UTC."""
-
-    id: str
-    name: str
-    description: str
-    category: str
-    created_at: str
-    updated_at: str
-    created_by: str | None
-    expires_at: str | None
-    is_expired: bool
-    version: int
 
 
 class Missing:
@@ -95,7 +78,7 @@ class AsyncSecretsService:
         """
         draft = Draft(name, Plaintext(value), description, category, _expiry(expires_at))
         written = await (await self._open()).set(self._caller(actor), draft)
-        return _shown(written.metadata)
+        return written.metadata.shown(time.time())
 
     async def get(
         self, name: str, default: D | Missing = MISSING, actor: str | None = None
@@ -123,7 +106,8 @@ class AsyncSecretsService:
             SecretNotFound: there is none.
             SecretDamaged: its metadata can't be read.
         """
-        return _shown(await (await self._open()).metadata(self._caller(actor), name))
+        metadata = await (await self._open()).metadata(self._caller(actor), name)
+        return metadata.shown(time.time())
 
     async def exists(self, name: str) -> bool:
         """Whether there is such a secret, expired or not. Recorded only if it is not there."""
@@ -137,7 +121,7 @@ class AsyncSecretsService:
         """All secrets, sorted by name, without their values."""
         query = ListQuery(self.org_id, time.time(), limit=_EVERYTHING)
         pages = (await self._open()).listing(self._caller(None), query)
-        return [_shown(metadata) async for page in pages for metadata in page]
+        return [metadata.shown(time.time()) async for page in pages for metadata in page]
 
     async def delete(self, name: str, actor: str | None = None) -> bool:
         """Delete a secret. Always True: a missing one raises.
@@ -183,18 +167,3 @@ def _expiry(expires_at: datetime | str | None) -> str | None:
     if expires_at.tzinfo is None:
         raise InvalidInput("expires_at", "must have a zone, like datetime.now(UTC) has")
     return times.render(expires_at.timestamp())
-
-
-def _shown(metadata: Metadata) -> SecretMetadata:
-    return SecretMetadata(
-        id=metadata.id,
-        name=metadata.name,
-        description=metadata.description,
-        category=metadata.category,
-        created_at=metadata.created_at,
-        updated_at=metadata.updated_at,
-        created_by=metadata.created_by,
-        expires_at=metadata.expires_at,
-        is_expired=metadata.is_expired(time.time()),
-        version=metadata.version,
-    )

@@ -57,7 +57,7 @@ async def put_secret(service: Service, call: Call) -> Answer:
     headers = {"ETag": written.metadata.etag} | _receipt(written.receipt)
     if written.created:
         headers["Location"] = f"/api/v1/secrets/{quote(written.metadata.name, safe='')}"
-    return json_answer(shapes.metadata_out(written.metadata, time.time()), status, headers)
+    return json_answer(written.metadata.shown(time.time()), status, headers)
 
 
 async def delete_secret(service: Service, call: Call) -> Answer:
@@ -70,7 +70,7 @@ async def delete_secret(service: Service, call: Call) -> Answer:
 async def get_metadata(service: Service, call: Call) -> Answer:
     """Everything about a secret but its value."""
     metadata = await service.metadata(call.caller, call.params["name"])
-    document = shapes.metadata_out(metadata, time.time())
+    document = metadata.shown(time.time())
     return json_answer(document, headers={"ETag": metadata.etag})
 
 
@@ -96,7 +96,7 @@ async def list_secrets(service: Service, call: Call) -> Answer:
     last, count = "", 0
     async for page in service.listing(call.caller, wanted):
         kept = page[: limit - count] if paged else page
-        pieces += [msgspec.json.encode(shapes.metadata_out(entry, now)) for entry in kept]
+        pieces += [msgspec.json.encode(entry.shown(now)) for entry in kept]
         last, count = (kept[-1].name if kept else last), count + len(page)
     headers = _next(call, last) if paged and count > limit else {}
     return json_answer(b"[" + b",".join(pieces) + b"]", headers=headers)

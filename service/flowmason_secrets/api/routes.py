@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ..core.access import FULL, READ, SCOPES
+from ..core.records import SecretMetadata
 from ..service import Service
 from . import handlers, shapes
 from .answers import Answer
@@ -83,7 +84,7 @@ ROUTES: tuple[Route, ...] = (
         "/api/v1/secrets",
         handlers.list_secrets,
         SCOPES,
-        {200: list[shapes.SecretMetadata]},
+        {200: list[SecretMetadata]},
         (400, 401, 422, 503),
         query=_LISTING,
     ),
@@ -92,7 +93,7 @@ ROUTES: tuple[Route, ...] = (
         "/api/v1/secrets",
         handlers.put_secret,
         (FULL,),
-        {201: shapes.SecretMetadata, 200: shapes.SecretMetadata},
+        {201: SecretMetadata, 200: SecretMetadata},
         (400, 401, 403, 408, 412, 413, 415, 422, 503),
         body=shapes.SecretIn,
         headers=_WRITE,
@@ -119,7 +120,7 @@ ROUTES: tuple[Route, ...] = (
         "/api/v1/secrets/{name}/metadata",
         handlers.get_metadata,
         SCOPES,
-        {200: shapes.SecretMetadata},
+        {200: SecretMetadata},
         (400, 401, 403, 404, 422, 500, 503),
     ),
     Route(

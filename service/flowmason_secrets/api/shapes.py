@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from ..core.events import Detail, Line
 from ..core.names import MAX_DESCRIPTION, MAX_LABEL, MAX_NAME
-from ..core.records import ApiKey, Metadata
+from ..core.records import ApiKey
 
 Category = Literal["api_key", "token", "credential", "other"]
 Scope = Literal["full", "read", "execute", "deploy"]
@@ -40,21 +40,6 @@ class SecretValue(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"<SecretValue {self.name!r}>"
-
-
-class SecretMetadata(msgspec.Struct, frozen=True):
-    """Everything about a secret but its value."""
-
-    id: str
-    name: str
-    description: str
-    category: str
-    created_at: str
-    updated_at: str
-    created_by: str | None
-    expires_at: str | None
-    is_expired: bool
-    version: int
 
 
 class AuditEntry(msgspec.Struct, frozen=True):
@@ -145,22 +130,6 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     field: str | None = None
     key_id: str | None = None
     held: list[str] | None = None
-
-
-def metadata_out(metadata: Metadata, now: float) -> SecretMetadata:
-    """The wire form of a secret's metadata; `now` in seconds since the epoch."""
-    return SecretMetadata(
-        id=metadata.id,
-        name=metadata.name,
-        description=metadata.description,
-        category=metadata.category,
-        created_at=metadata.created_at,
-        updated_at=metadata.updated_at,
-        created_by=metadata.created_by,
-        expires_at=metadata.expires_at,
-        is_expired=metadata.is_expired(now),
-        version=metadata.version,
-    )
 
 
 def audit_out(line: Line) -> AuditEntry:

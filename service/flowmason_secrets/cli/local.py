@@ -11,6 +11,7 @@ from ..api import shapes
 from ..config import Settings
 from ..core.drafts import Draft, KeyDraft, Precondition
 from ..core.ports import AuditQuery, ListQuery
+from ..core.records import SecretMetadata
 from ..service import Service
 from .target import Filters, OrganisationEntry, Stored
 
@@ -35,7 +36,7 @@ class LocalTarget:
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         metadata, created, _ = await self._service.set(self._caller, draft, precondition)
-        return Stored(shapes.metadata_out(metadata, time.time()), metadata.etag, created)
+        return Stored(metadata.shown(time.time()), metadata.etag, created)
 
     async def delete(self, name: str, precondition: Precondition | None) -> shapes.Message:
         await self._service.delete(self._caller, name, precondition)
@@ -43,9 +44,9 @@ class LocalTarget:
 
     async def metadata(self, name: str) -> Stored:
         metadata = await self._service.metadata(self._caller, name)
-        return Stored(shapes.metadata_out(metadata, time.time()), metadata.etag)
+        return Stored(metadata.shown(time.time()), metadata.etag)
 
-    async def listing(self, filters: Filters) -> list[shapes.SecretMetadata]:
+    async def listing(self, filters: Filters) -> list[SecretMetadata]:
         now = time.time()
         query = ListQuery(
             self._caller.principal.org_id,
@@ -56,7 +57,7 @@ class LocalTarget:
             limit=_UNLIMITED,
         )
         pages = self._service.listing(self._caller, query)
-        return [shapes.metadata_out(entry, now) async for page in pages for entry in page]
+        return [entry.shown(now) async for page in pages for entry in page]
 
     async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:
         query = query._replace(org_id=self._org_id)

@@ -17,6 +17,7 @@ from ..core import times
 from ..core.drafts import Draft, KeyDraft, Precondition
 from ..core.errors import InvalidInput
 from ..core.ports import AuditQuery
+from ..core.records import SecretMetadata
 from .target import Filters, Stored
 
 T = TypeVar("T")
@@ -119,9 +120,9 @@ class RemoteTarget:
     async def metadata(self, name: str) -> Stored:
         return self._stored(await self._send("GET", f"{_secret(name)}/metadata"))
 
-    async def listing(self, filters: Filters) -> list[shapes.SecretMetadata]:
+    async def listing(self, filters: Filters) -> list[SecretMetadata]:
         answer = await self._send("GET", "/api/v1/secrets", query=_query(filters._asdict()))
-        return self._decode(answer, list[shapes.SecretMetadata])
+        return self._decode(answer, list[SecretMetadata])
 
     async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:
         given: dict[str, object] = {
@@ -220,7 +221,7 @@ class RemoteTarget:
         return click.ClickException(problem.detail)
 
     def _stored(self, answer: _Answer) -> Stored:
-        metadata = self._decode(answer, shapes.SecretMetadata)
+        metadata = self._decode(answer, SecretMetadata)
         return Stored(metadata, answer.etag, answer.status == 201)
 
     def _decode(self, answer: _Answer, shape: type[T]) -> T:

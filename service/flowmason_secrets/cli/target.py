@@ -7,12 +7,13 @@ from typing import NamedTuple, Protocol
 from ..api import shapes
 from ..core.drafts import Draft, KeyDraft, Precondition
 from ..core.ports import AuditQuery
+from ..core.records import SecretMetadata
 
 
 class Stored(NamedTuple):
     """A secret's metadata as it is stored now; `created` if this made it."""
 
-    metadata: shapes.SecretMetadata
+    metadata: SecretMetadata
     etag: str
     created: bool = False
 
@@ -49,7 +50,7 @@ class Target(Protocol):
     async def metadata(self, name: str) -> Stored:
         """Everything about the secret but its value."""
 
-    async def listing(self, filters: Filters) -> list[shapes.SecretMetadata]:
+    async def listing(self, filters: Filters) -> list[SecretMetadata]:
         """The secrets, sorted by name."""
 
     async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:

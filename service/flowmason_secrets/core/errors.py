@@ -126,7 +126,7 @@ class ApiKeyNotFound(SecretsError, LookupError):
 
     def __init__(self, key_id: str) -> None:
         # The id is not repeated: people send the key itself by mistake.
-        super().__init__("There is no live API key of this id.")
+        super().__init__("There is no live API key of this id: unknown, or already revoked.")
         self.key_id = key_id
 
 

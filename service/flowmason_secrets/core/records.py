@@ -10,6 +10,22 @@ Ref = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class SecretMetadata:
+    """Everything about a secret but its value. Times are RFC 3339 in UTC."""
+
+    id: str
+    name: str
+    description: str
+    category: str
+    created_at: str
+    updated_at: str
+    created_by: str | None
+    expires_at: str | None
+    is_expired: bool
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Metadata:
     """Everything about a secret but its value. Times are RFC 3339 in UTC.
 
@@ -36,6 +52,21 @@ class Metadata:
         """The entity tag (RFC 9110 §8.8.3), never the same for two contents of a secret."""
         # The tail of a UUIDv7 is its random part.
         return f'"{self.version}-{self.revision[-8:] or "0"}"'
+
+    def shown(self, now: float) -> SecretMetadata:
+        """What callers see of it at `now`, in seconds since the epoch."""
+        return SecretMetadata(
+            id=self.id,
+            name=self.name,
+            description=self.description,
+            category=self.category,
+            created_at=self.created_at,
+            updated_at=self.updated_at,
+            created_by=self.created_by,
+            expires_at=self.expires_at,
+            is_expired=self.is_expired(now),
+            version=self.version,
+        )
 
     def is_expired(self, now: float) -> bool:
         """Whether the value is no longer handed out at `now`, in seconds since the epoch."""

@@ -18,7 +18,8 @@ from flowmason_secrets.core.errors import (
     SecretsError,
     Unauthenticated,
 )
-from flowmason_secrets.library import AsyncSecretsService, SecretMetadata
+from flowmason_secrets.core.records import SecretMetadata
+from flowmason_secrets.library import AsyncSecretsService
 
 __all__ = [
     "ApiKeyNotFound",
