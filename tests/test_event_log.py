@@ -140,7 +140,9 @@ def test_a_line_has_the_fields_of_the_format(logs: Logs) -> None:
     log.close()
 
 
-@pytest.mark.parametrize("character", ["a", "\0", "\x1f", '"', "\\", "\n", "\x7f", "é", "\U0001f511"])
+@pytest.mark.parametrize(
+    "character", ["a", "\0", "\x1f", '"', "\\", "\n", "\x7f", "é", "\U0001f511"]
+)
 def test_the_worst_line_fits_into_8000_bytes_and_is_one_line(logs: Logs, character: str) -> None:
     org = character * 256 if character.isprintable() else "o" * 256
     who = Principal(org, character * 128, "local", ANY)

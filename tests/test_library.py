@@ -308,6 +308,9 @@ class _Nowhere(dt.tzinfo):
 
     dst = tzname = utcoffset
 
+    def __repr__(self) -> str:
+        return "nowhere"
+
 
 @pytest.mark.parametrize(
     "given",
@@ -449,7 +452,7 @@ def test_actors(make: Make, data_dir: Path) -> None:
 
 def test_a_strange_actor_harms_nobody(secrets: SecretsService, data_dir: Path) -> None:
     # Each event is one line of at most 8,000 bytes, whatever an actor is called.
-    secrets.set("\U0001f600" * 256, "v", actor="\x00\n" * 5000)
+    secrets.set("\U0001f600" * 256, "v", actor='\\"\U0001f600' * 5000)
     assert max(map(len, next((data_dir / "events").iterdir()).open("rb"))) <= 8000
     with pytest.raises(InvalidInput, match="actor"):
         secrets.set("S", "v", actor="a\ud800")

@@ -143,9 +143,7 @@ class Opened(NamedTuple):
 async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Opened]:
     if request.param == "memory":
         memory = MemoryStore(Sources(time.time, _ids))
-        yield Opened(
-            memory, memory, lambda: [c.data for c in memory.chunks(0, memory.position)]
-        )
+        yield Opened(memory, memory, lambda: [c.data for c in memory.chunks(0, memory.position)])
         return
     first = files_store(tmp_path / "data")
     second = files_store(tmp_path / "data") if request.param == "two files" else first
@@ -154,9 +152,7 @@ async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         reader = ChunkReader(tmp_path / "data" / "events")
         size = max(first.position, second.position)
         return [
-            line
-            for chunk in reader.read(0, size)
-            for line in chunk.data.splitlines(keepends=True)
+            line for chunk in reader.read(0, size) for line in chunk.data.splitlines(keepends=True)
         ]
 
     yield Opened(first, second, lines)
@@ -638,7 +634,8 @@ def _target(descriptor: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", ["open_append", "open_existing", "write", "sync", "sync_path", "create", "rename", "put"]
+    "kind",
+    ["open_append", "open_existing", "write", "sync", "sync_path", "create", "rename", "put"],
 )
 async def test_failing_again_and_again_leaks_no_descriptors(kind: str, tmp_path: Path) -> None:
     disk = Faulty({kind}, io_error)
@@ -708,17 +705,27 @@ async def accept(store: FilesStore) -> None:
 
 
 async def test_removing_the_lock_file_lets_nobody_in_twice(tmp_path: Path) -> None:
-    one, two = files_store(tmp_path), files_store(tmp_path)
+    class Slow(Watched):
+        # Between numbering the lines and writing them, others get their turn.
+        def before(self, kind: str) -> None:
+            if kind == "write":
+                time.sleep(0.002)
+
+    one, two = files_store(tmp_path, Slow()), files_store(tmp_path, Slow())
     await one.commit([put("A")])
     await caught_up(two)
     (tmp_path / "commit.lock").unlink()
-    for number in range(10):
-        await asyncio.gather(one.commit([read("A")]), two.commit([put("A", number + 2)]))
+    # One that knows only the new file.
+    three = files_store(tmp_path, Slow())
+    stores = (three, one, two)
+    for _ in range(15):
+        for verdicts in await asyncio.gather(*(store.commit([read("A")]) for store in stores)):
+            assert isinstance(verdicts[0], Receipt)
     (segment,) = (tmp_path / "events").iterdir()
     lines = [wire.decode_line(line) for line in segment.read_bytes().splitlines()]
-    assert [line["seq"] for line in lines] == list(range(22))
-    await one.close()
-    await two.close()
+    assert [line["seq"] for line in lines] == list(range(47))
+    for store in stores:
+        await store.close()
 
 
 def test_a_change_is_staged_and_read_back_as_it_was() -> None:

@@ -9,25 +9,33 @@ import asyncio
 import concurrent.futures.thread  # noqa: F401 - registers its end first
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
+from .app import open_service
+from .config import Settings
 from .core.records import SecretMetadata
 from .library import MISSING, AsyncSecretsService, Missing
+from .service import Service
 
 T = TypeVar("T")
 D = TypeVar("D")
 
 
 class _Loop:
-    """The event loop of this process, started when it is first needed."""
+    """The event loop of this process, started when it is first needed, and what is open in it:
+    one service for each data directory and its settings, however many callers there are.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.opened: list[AsyncSecretsService] = []
+        self._opening = asyncio.Lock()
+        self._services: dict[Settings, Service] = {}
+        self._users: WeakKeyDictionary[object, Settings] = WeakKeyDictionary()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine that runs in the loop."""
@@ -38,20 +46,64 @@ class _Loop:
                 threading.Thread(target=self._loop.run_forever, name=name, daemon=True).start()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
+    async def open(self, user: object, settings: Settings) -> Service:
+        """The service of these settings, which `user` shares from now on.
+
+        Raises:
+            LogUnavailable, LogDamaged: the data directory can't be used.
+        """
+        async with self._opening:
+            self._users[user] = settings
+            if settings not in self._services:
+                self._services[settings] = await open_service(settings)
+            return self._services[settings]
+
+    async def leave(self, user: object) -> None:
+        """Close what nobody uses without this one."""
+        async with self._opening:
+            settings = self._users.pop(user, None)
+            if settings is not None and settings not in self._users.values():
+                service = self._services.pop(settings, None)
+                if service is not None:
+                    await service.close()
+
     def close(self) -> None:
         """Release every data directory, so that nothing stays staged for the next process."""
-        for opened in self.opened:
-            self.run(opened.close())
-        self.opened.clear()
+        services, self._services = self._services, {}
+        for service in services.values():
+            self.run(service.close())
+
+
+class _Shared(AsyncSecretsService):
+    """The twin of a `SecretsService`: it shares what is open in the loop."""
+
+    def __init__(self, loop: _Loop, parameters: tuple[Any, ...]) -> None:
+        super().__init__(*parameters)
+        self._parameters = parameters
+        self.loop = loop
+
+    def moved(self, loop: _Loop) -> "_Shared":
+        """The same for another loop."""
+        return _Shared(loop, self._parameters)
+
+    async def _open(self) -> Service:
+        return await self.loop.open(self, self._settings)
+
+    async def close(self) -> None:
+        """See `SecretsService.close`."""
+        await self.loop.leave(self)
 
 
 _current = _Loop()
+# In a forked child: never finalised, because SQLite's connections are the parent's.
+_inherited: list[_Loop] = []
 
 
 def _forget() -> None:
     # Threads don't survive a fork, and locks on shared descriptors would not exclude the parent:
     # the child begins anew.
     global _current
+    _inherited.append(_current)
     _current = _Loop()
 
 
@@ -80,9 +132,7 @@ class SecretsService:
         actor: str | None = None,
     ) -> None:
         self.org_id = org_id
-        self._parameters = (org_id, master_key, storage_path, actor)
-        self._loop: _Loop | None = None
-        self._twin = AsyncSecretsService(*self._parameters)
+        self._twin = _Shared(_current, (org_id, master_key, storage_path, actor))
 
     def __repr__(self) -> str:
         return f"<SecretsService of {self.org_id!r}>"
@@ -97,47 +147,51 @@ class SecretsService:
         actor: str | None = None,
     ) -> SecretMetadata:
         """Create the secret, or replace all of it but its creation."""
-        call = self._service().set(name, value, description, category, expires_at, actor)
-        return _current.run(call)
+        return self._run(
+            lambda twin: twin.set(name, value, description, category, expires_at, actor)
+        )
 
     def get(self, name: str, default: D | Missing = MISSING, actor: str | None = None) -> str | D:
         """Return the value, or `default` if given and there is no such secret."""
-        return _current.run(self._service().get(name, default, actor))
+        return self._run(lambda twin: twin.get(name, default, actor))
 
     def get_metadata(self, name: str, actor: str | None = None) -> SecretMetadata:
         """Return everything about a secret but its value."""
-        return _current.run(self._service().get_metadata(name, actor))
+        return self._run(lambda twin: twin.get_metadata(name, actor))
 
     def exists(self, name: str) -> bool:
         """Whether there is such a secret, expired or not."""
-        return _current.run(self._service().exists(name))
+        return self._run(lambda twin: twin.exists(name))
 
     def list(self) -> "list[SecretMetadata]":
         """All secrets, sorted by name, without their values."""
-        return _current.run(self._service().list())
+        return self._run(lambda twin: twin.list())
 
     def delete(self, name: str, actor: str | None = None) -> bool:
         """Delete a secret; a missing one raises."""
-        return _current.run(self._service().delete(name, actor))
+        return self._run(lambda twin: twin.delete(name, actor))
 
     def close(self) -> None:
-        """Release the data directory; the next call opens it again."""
-        _current.run(self._service().close())
+        """Release the data directory, unless others of this process use it; the next call opens
+        it again.
+        """
+        self._run(lambda twin: twin.close())
 
-    def _service(self) -> AsyncSecretsService:
+    def _run(self, call: Callable[[AsyncSecretsService], Coroutine[Any, Any, T]]) -> T:
+        twin = self._twin
         # After a fork there is another loop, to which the twin of before does not belong.
-        if self._loop is not _current:
-            self._loop = _current
-            self._twin = AsyncSecretsService(*self._parameters)
-            _current.opened.append(self._twin)
-        return self._twin
+        if twin.loop is not _current:
+            twin = self._twin = twin.moved(_current)
+        return twin.loop.run(call(twin))
 
 
 _services: dict[str, SecretsService] = {}
+_services_lock = threading.Lock()
 
 
 def get_secrets_service(org_id: str) -> SecretsService:
     """The service of an organisation with the settings of the environment: one per process."""
-    if org_id not in _services:
-        _services[org_id] = SecretsService(org_id)
-    return _services[org_id]
+    with _services_lock:
+        if org_id not in _services:
+            _services[org_id] = SecretsService(org_id)
+        return _services[org_id]

@@ -1,6 +1,7 @@
 """The settings. The only reader of the environment."""
 
 import ipaddress
+import math
 import os
 import stat
 from collections.abc import Mapping
@@ -55,6 +56,9 @@ VARIABLES: dict[str, tuple[str, str]] = {
 }
 
 
+_MOST = {"port": 65535}
+
+
 def from_environment(
     environ: Mapping[str, str] = os.environ, *, master_key: str | None = None
 ) -> Settings:
@@ -77,12 +81,13 @@ def from_environment(
             name = VARIABLES[short][0]
             values[name] = _convert(variable, name, environ[variable])
     if master_key is not None:
+        check_key(master_key, "The master key")
         return Settings(**values, master_keys=(master_key,))  # type: ignore[arg-type] # as below
     key, key_file = environ.get(PREFIX + "KEY"), environ.get(PREFIX + "KEY_FILE")
     if key and key_file:
         raise ConfigurationError(f"Set {PREFIX}KEY or {PREFIX}KEY_FILE, not both.")
     if key:
-        values["master_keys"] = (key,)
+        values["master_keys"] = (check_key(key, PREFIX + "KEY"),)
     elif key_file:
         values["master_keys"] = read_key_file(Path(key_file).expanduser())
     return Settings(**values)  # type: ignore[arg-type] # _convert has checked each of them
@@ -99,6 +104,30 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def data_dir(path: str | Path, where: str = "The data directory") -> Path:
+    """The data directory that is meant now, whatever the working directory becomes.
+
+    Raises:
+        ConfigurationError: it is empty.
+    """
+    if not str(path):
+        raise ConfigurationError(f"{where} must not be empty.")
+    return Path(path).expanduser().absolute()
+
+
+def check_key(key: str, where: str) -> str:
+    """Return a master key that can be one.
+
+    Raises:
+        ConfigurationError: it is empty, or not UTF-8.
+    """
+    if not key:
+        raise ConfigurationError(f"{where} must not be empty.")
+    if any("\ud800" <= character <= "\udfff" for character in key):
+        raise ConfigurationError(f"{where} is not UTF-8.")
+    return key
 
 
 def read_key_file(path: Path) -> tuple[str, ...]:
@@ -142,9 +171,10 @@ def _convert(variable: str, name: str, text: str) -> object:
     try:
         if kind in (int, float):
             number = kind(text)
-            if number < 0:
+            # In this form nan is out of range, too.
+            if not 0 <= number <= _MOST.get(name, math.inf):
                 raise ValueError
             return number
-        return Path(text) if issubclass(kind, Path) else text
+        return data_dir(text, variable) if issubclass(kind, Path) else text
     except ValueError:
-        raise ConfigurationError(f"{variable}={text!r} is not a number of 0 or more.") from None
+        raise ConfigurationError(f"{variable}={text!r} is not a number, or out of range.") from None

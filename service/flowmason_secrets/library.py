@@ -11,7 +11,7 @@ from . import app, config
 from .core import names, times
 from .core.access import Caller
 from .core.drafts import Draft
-from .core.errors import InvalidInput, SecretNotFound
+from .core.errors import SecretNotFound
 from .core.keyring import Plaintext
 from .core.ports import ListQuery
 from .core.records import SecretMetadata
@@ -56,7 +56,7 @@ class AsyncSecretsService:
         self._actor = actor
         self._settings = app.with_overrides(
             config.from_environment(master_key=master_key),
-            data_dir=None if storage_path is None else Path(storage_path),
+            data_dir=None if storage_path is None else config.data_dir(storage_path),
         )
         self._service: Service | None = None
         self._opening = asyncio.Lock()
@@ -164,6 +164,4 @@ class AsyncSecretsService:
 def _expiry(expires_at: datetime | str | None) -> str | None:
     if not isinstance(expires_at, datetime):
         return expires_at
-    if expires_at.tzinfo is None:
-        raise InvalidInput("expires_at", "must have a zone, like datetime.now(UTC) has")
-    return times.render(expires_at.timestamp())
+    return times.of_datetime(expires_at, "expires_at")

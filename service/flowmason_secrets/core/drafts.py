@@ -51,8 +51,7 @@ class Draft:
             InvalidInput: names the field.
         """
         names.check_new_name(self.name)
-        size = len(self.value.reveal().encode("utf-8", "replace"))
-        names.check_text("value", self.value.reveal())
+        size = len(names.check_text("value", self.value.reveal()).encode())
         names.check_text("description", self.description)
         if size > names.MAX_VALUE_BYTES:
             raise errors.InvalidInput("value", f"has {size} bytes, at most 65536 are allowed")

@@ -1,6 +1,7 @@
 """Names: what may be called how, and which file or id follows from a name. FORMAT.md §2."""
 
 import hashlib
+import re
 import unicodedata
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ MAX_VALUE_BYTES = 65536
 MAX_ORG = 256
 MAX_LABEL = 128
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NOT_IN_NAMES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
@@ -25,6 +27,7 @@ def check_new_name(name: str) -> str:
     Raises:
         InvalidInput: empty, over 256 characters, with `/` or control characters, `.` or `..`.
     """
+    check_text("name", name)
     if not 1 <= len(name) <= MAX_NAME:
         raise InvalidInput("name", f"must have 1 to {MAX_NAME} characters, has {len(name)}")
     if "/" in name:
@@ -51,21 +54,23 @@ def check_line(field: str, text: str) -> str:
     Raises:
         InvalidInput: control characters, line separators, lone surrogates.
     """
+    check_text(field, text)
     if any(unicodedata.category(character) in _NOT_IN_NAMES for character in text):
         raise InvalidInput(field, "must not contain control characters or line separators")
     return text
 
 
 def check_text(field: str, text: str) -> str:
-    """Return `text` if it has a UTF-8 form.
+    """Return `text` if it is text that has a UTF-8 form.
 
     Raises:
-        InvalidInput: it holds lone surrogates.
+        InvalidInput: it is not a `str`, or holds lone surrogates.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidInput(field, "is not valid Unicode text") from None
+    if not isinstance(text, str):
+        raise InvalidInput(field, "must be text")
+    # Searched for, because an error of encoding would carry the text.
+    if not text.isascii() and _SURROGATE.search(text):
+        raise InvalidInput(field, "is not valid Unicode text")
     return text
 
 
@@ -75,6 +80,7 @@ def check_org(org_id: str) -> str:
     Raises:
         InvalidInput: empty, over 256 characters or with control characters.
     """
+    check_text("org_id", org_id)
     if not 1 <= len(org_id) <= MAX_ORG:
         raise InvalidInput("org_id", f"must have 1 to {MAX_ORG} characters, has {len(org_id)}")
     return check_line("org_id", org_id)
@@ -86,6 +92,7 @@ def check_label(name: str) -> str:
     Raises:
         InvalidInput: empty, over 128 characters or with control characters.
     """
+    check_text("name", name)
     if not 1 <= len(name) <= MAX_LABEL:
         raise InvalidInput("name", f"must have 1 to {MAX_LABEL} characters, has {len(name)}")
     return check_line("name", name)

@@ -21,13 +21,24 @@ def render(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="microseconds")[:-6] + "Z"
 
 
+def of_datetime(moment: datetime, field: str) -> str:
+    """RFC 3339 in UTC of a `datetime`.
+
+    Raises:
+        InvalidInput: it has no zone.
+    """
+    if moment.utcoffset() is None:
+        raise InvalidInput(field, "must have a zone, like datetime.now(UTC) has")
+    return render(_seconds(moment))
+
+
 def parse(text: str, field: str) -> float:
     """Seconds since the epoch of an RFC 3339 time with a zone.
 
     Raises:
         InvalidInput: anything else, a time without a zone above all.
     """
-    if not _RFC3339.fullmatch(text):
+    if not isinstance(text, str) or not _RFC3339.fullmatch(text):
         raise InvalidInput(field, "must be an RFC 3339 time with a zone, like 2026-01-31T12:00:00Z")
     try:
         return _seconds(datetime.fromisoformat(text.upper()))

@@ -11,6 +11,8 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .. import forking
+
 _LOG = logging.getLogger(__name__)
 
 MEMORY = ":memory:"
@@ -232,8 +234,9 @@ class Database:
         # Locked is the directory: closing a descriptor of the database itself would drop the
         # locks that SQLite holds on it in this process.
         descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        forking.close_in_children(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            forking.close(descriptor)

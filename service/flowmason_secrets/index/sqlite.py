@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import logging
+import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,14 @@ _WORK = 0.05
 _PAUSE = 0.5
 _REST = 19
 _AFTER_ERROR = 5.0
+
+
+# SQLite keeps what it knows of locks per process, and a forked child inherits that: nobody forks
+# in the middle of a transaction.
+_working = threading.Lock()
+os.register_at_fork(
+    before=_working.acquire, after_in_parent=_working.release, after_in_child=_working.release
+)
 
 
 class _Open(NamedTuple):
@@ -170,7 +180,11 @@ class SqliteIndex:
         listing.fill(connection, self._tail, self._position())
 
     async def _hop(self, work: Callable[[_Open], _Result]) -> _Result:
-        return await self._run(lambda: self._guarded(work))
+        def alone() -> _Result:
+            with _working:
+                return self._guarded(work)
+
+        return await self._run(alone)
 
     async def _run(self, work: Callable[[], _Result]) -> _Result:
         return await aiofiles.os.wrap(work)(executor=self._executor)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
+from .. import forking
 from ..core.errors import LogUnavailable
 from ..core.events import Event, Line, Receipt, is_change
 from ..core.intents import Changes, Intent, admit
@@ -87,7 +88,7 @@ class Engine:
             journal.settle()
         self._abandon()
         if self._lock is not None:
-            os.close(self._lock)
+            forking.close(self._lock)
             self._lock = None
 
     def _acquire(self) -> int:
@@ -99,7 +100,7 @@ class Engine:
                 # Somebody may have removed the file: a lock on it would exclude nobody.
                 if os.fstat(self._lock).st_nlink:
                     return self._lock
-                os.close(self._lock)
+                forking.close(self._lock)
                 self._lock = None
         except OSError as error:
             raise _unavailable(error) from error
@@ -112,7 +113,9 @@ class Engine:
         for org in layout.organisations():
             durable.restrict(layout.root / org)
         durable.sync_path(layout.root)
-        return durable.open_slot(layout.lock)
+        lock = durable.open_slot(layout.lock)
+        forking.close_in_children(lock)
+        return lock
 
     def _caught_up(self, lock: int) -> EventLog:
         """The log with everything in it that any process has appended, and all of it published."""

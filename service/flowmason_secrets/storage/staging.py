@@ -68,7 +68,7 @@ class Leftovers:
         """The staged changes by the id of their event; what a torn write left is not one."""
         found: dict[str, Change] = {}
         for path in self._journals:
-            for line in path.read_bytes().splitlines(keepends=True):
+            for line in _lines(path):
                 try:
                     event_id, change = wire.decode_staged(line)
                 except wire.Malformed:
@@ -81,6 +81,14 @@ class Leftovers:
         """Remove the journals, and the drafts of files that never got their names."""
         for path in self._paths:
             self._durable.unlink(path)
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        # Its process has settled it meanwhile, for which it needs no lock: all of it is durable.
+        return []
 
 
 def sync_published(paths: Collection[str], durable: Durable) -> None:
