@@ -31,7 +31,7 @@ from flowmason_secrets.service import Service
 from flowmason_secrets.storage import files as files_module
 from flowmason_secrets.storage import wire
 from flowmason_secrets.storage.cache import CiphertextCache
-from flowmason_secrets.storage.durable import Durable
+from flowmason_secrets.storage.durable import Durable, StrPath
 from flowmason_secrets.storage.engine import Environment
 from flowmason_secrets.storage.eventlog import SegmentLimits
 from flowmason_secrets.storage.files import FilesStore, FilesTail
@@ -596,6 +596,22 @@ async def test_a_first_start_that_is_cut_off_at_every_step(tmp_path: Path) -> No
 # --- several processes ----------------------------------------------------------------------
 
 
+class Process(Unplugged):
+    """Has a power switch of its own, on a disk that others share."""
+
+    def __init__(self, disk: Volatile) -> None:
+        super().__init__()
+        self._disk = disk
+
+    def sync(self, descriptor: int) -> None:
+        self._step("sync")
+        self._disk.sync(descriptor)
+
+    def sync_path(self, path: StrPath) -> None:
+        self._step("sync_path")
+        self._disk.sync_path(path)
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(1, 64 << 20), (64 << 20, 1), (1, 1)])
 async def test_what_a_dead_process_appended_is_durable_before_it_is_built_on(
     theirs: int, ours: int, tmp_path: Path
@@ -641,7 +657,7 @@ async def test_nothing_is_published_whose_event_could_vanish(tmp_path: Path) -> 
     async def nothing(service: Service, truth: Truth) -> None:
         await service.recover()
 
-    class Dying(Unplugged):
+    class Dying(Process):
         # Off at the sync that follows the second write: the journal's was the first.
         def before(self, kind: str) -> None:
             if kind == "sync" and self.steps.count("write") == 2:
@@ -653,7 +669,7 @@ async def test_nothing_is_published_whose_event_could_vanish(tmp_path: Path) -> 
         root = tmp_path / str(steps) / "root"
         truth = await fresh(tmp_path, root)
         disk = Volatile(root.parent)
-        dying = files_store(root, Dying())
+        dying = files_store(root, Dying(disk))
         with pytest.raises(PowerOff):
             await dying.commit([put("NEW")])
         went_off = await run_until_off(disk, root, steps, nothing, copy_of(truth), 64 << 20)
@@ -768,18 +784,8 @@ async def test_live_processes_recover_from_each_others_deaths(
     parent.mkdir()
     base = Volatile(parent)
 
-    class Process(Unplugged):
-        # Its own power switch, on a disk that all of them share.
-        def sync(self, descriptor: int) -> None:
-            self._step("sync")
-            base.sync(descriptor)
-
-        def sync_path(self, path: str | Path) -> None:
-            self._step("sync_path")
-            base.sync_path(path)
-
     def start() -> tuple[Process, FilesStore]:
-        disk = Process()
+        disk = Process(base)
         return disk, files_store(parent / "root", disk, SegmentLimits(size=6000))
 
     processes = [start() for _ in range(3)]
