@@ -5,7 +5,8 @@ Intents that wait together are committed together. One batch is in flight, the n
 
 import asyncio
 
-from .core.errors import LogUnavailable, Overloaded
+from .core.errors import LogUnavailable, Overloaded, SecretsError
+from .core.events import Receipt
 from .core.intents import Intent
 from .core.ports import STALE, Store, Verdict
 
@@ -90,17 +91,21 @@ class Gate:
         # One fdatasync covered the batch: waiters resume after it, so nobody sees an event that
         # could vanish.
         for (_, future), verdict in zip(batch, verdicts, strict=True):
-            if isinstance(verdict, LogUnavailable):
-                self.unavailable = str(verdict)
-                if not future.done():
-                    future.set_exception(_for_waiter(verdict))
-                continue
-            if verdict is not None:
+            if isinstance(verdict, Receipt):
                 self.unavailable = None
-            if not future.done():
+            elif isinstance(verdict, LogUnavailable):
+                self.unavailable = str(verdict)
+            if future.done():
+                continue
+            if isinstance(verdict, SecretsError):
+                future.set_exception(_for_waiter(verdict))
+            else:
                 future.set_result(verdict)
 
 
 def _for_waiter(error: Exception) -> Exception:
-    # Every waiter raises it from his own place, so each gets his own.
-    return LogUnavailable(error.reason) if isinstance(error, LogUnavailable) else error
+    # Every waiter raises it from his own place, so each gets his own. Not by its constructor,
+    # which makes the message from something else.
+    own = type(error).__new__(type(error), *error.args)
+    own.__dict__.update(error.__dict__)
+    return own

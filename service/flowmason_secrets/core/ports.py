@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from .errors import LogUnavailable
+from .errors import SecretsError
 from .events import Line, Receipt
 from .intents import Intent
 from .records import ApiKey, Metadata, SecretRecord
@@ -26,7 +26,7 @@ class Stale:
 STALE = Stale()
 
 # None: nothing had to be recorded, and what the intent read is current.
-Verdict = Receipt | Stale | LogUnavailable | None
+Verdict = Receipt | Stale | SecretsError | None
 
 
 class Store(Protocol):
@@ -58,8 +58,9 @@ class Store(Protocol):
         """Return only when every admitted event of the batch is on stable storage, in order,
         without gaps, and every change of it is published; one verdict for each intent.
 
-        A LogUnavailable among the verdicts means: not acknowledged, and absent unless recovery
-        finds its event whole in the log.
+        An error among the verdicts is that intent's alone. LogUnavailable: not acknowledged, and
+        absent unless recovery finds its event whole in the log. InvalidInput: its event can't be
+        a line of the log.
 
         Raises:
             LogUnavailable: not even the state of the log could be read.

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from .. import forking
-from ..core.errors import LogUnavailable
+from ..core.errors import InvalidInput, LogDamaged, LogUnavailable
 from ..core.events import Event, Line, Receipt, is_change
 from ..core.intents import Changes, Intent, admit
 from ..core.ports import STALE, Sources, Verdict
 from ..core.records import Change, PutSecret, Ref, SecretRecord
+from . import wire
 from .cache import CiphertextCache
 from .durable import Durable
 from .eventlog import EventLog, SegmentLimits
@@ -84,12 +85,14 @@ class Engine:
     def close(self) -> None:
         """Settle and release everything."""
         journal = self.seal_journal()
-        if journal is not None:
-            journal.settle()
-        self._abandon()
-        if self._lock is not None:
-            forking.close(self._lock)
-            self._lock = None
+        try:
+            if journal is not None:
+                journal.settle()
+        finally:
+            self._abandon()
+            if self._lock is not None:
+                forking.close(self._lock)
+                self._lock = None
 
     def _acquire(self) -> int:
         try:
@@ -107,8 +110,11 @@ class Engine:
 
     def _open_lock(self) -> int:
         layout, durable = self._env.layout, self._env.durable
+        new = [path for path in (layout.root, *layout.root.parents) if not path.exists()]
         for directory in (layout.root, layout.events, layout.staged, layout.keys):
             durable.make_directory(directory)
+        for path in new:
+            durable.sync_path(path.parent)
         # FlowMason 1.0 made its directories with the default mode.
         for org in layout.organisations():
             durable.restrict(layout.root / org)
@@ -142,6 +148,11 @@ class Engine:
         log = EventLog(env.layout.events, env.layout.staged, env.durable, env.sources, env.limits)
         try:
             log.open()
+            if log.position < self.position:
+                raise LogDamaged(
+                    f"The log has {log.position} events, and had {self.position} before. "
+                    "Put back what is missing, and start again."
+                )
             self._recover(log, lock)
         except BaseException:
             log.close()
@@ -193,12 +204,29 @@ class Engine:
                 # The process that appended these lines may have died before it synced them.
                 log.sync()
             self._foreign = False
+        except wire.Unwritable as error:
+            refused = {admission.events[n][0]: reason for n, reason in error.reasons.items()}
+            return self._without(batch, refused, log, lock)
         except OSError as error:
             # What needs no event is answered all the same: metadata stay readable.
             self._abandon()
             for index, _ in admission.events:
                 verdicts[index] = _unavailable(error)
         return verdicts
+
+    def _without(
+        self, batch: Sequence[Intent], refused: dict[int, str], log: EventLog, lock: int
+    ) -> list[Verdict]:
+        """Refuse what can't be a line; decide anew over the others, which have other seqs then."""
+        # The changes of the others were recorded with those seqs.
+        self._changes = Changes(log.position)
+        self.position = log.position
+        rest = [intent for index, intent in enumerate(batch) if index not in refused]
+        decided = iter(self._commit(rest, log, lock))
+        return [
+            InvalidInput("event", refused[index]) if index in refused else next(decided)
+            for index in range(len(batch))
+        ]
 
     def _append(
         self,

@@ -4,6 +4,7 @@ Blocking, and used under the commit lock, except for `ChunkReader` and `read_lin
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from .durable import SHARED_FILE, Durable
 
 HEADER_BYTES = 1024
 _CHUNK = 1 << 20
+_SEGMENT = re.compile(r"audit-([0-9]{12})\.ndjson")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,8 @@ def segment_name(first: int) -> str:
 
 def segments(directory: Path) -> list[int]:
     """The first seqs of all segments there, in order."""
-    names = (name for name in os.listdir(directory) if name.startswith("audit-"))
-    return sorted(int(name[6:-7]) for name in names if name.endswith(".ndjson"))
+    found = map(_SEGMENT.fullmatch, os.listdir(directory))
+    return sorted(int(match[1]) for match in found if match is not None)
 
 
 class EventLog:
@@ -71,6 +73,8 @@ class EventLog:
         self._limits = limits
         self._segment: _Segment | None = None
         self._torn = False
+        # Whether another process gave the segment its name, which it may not have synced.
+        self._foreign_name = False
         self._last_time = 0.0
         self.position = 0
 
@@ -107,35 +111,49 @@ class EventLog:
         """Number the events, write them as lines and return when they are on stable storage.
 
         Returns the time they were given. The caller has caught up.
+
+        Raises:
+            Unwritable: some of the events can't be lines; nothing was written.
         """
         now = max(self._clock(), self._last_time)
         segment = self._segment
         if segment is None or self._torn or self._sealed(segment, now):
             segment = self._roll(now)
         time = times.render(now)
-        first = self.position
-        data = b"".join(
-            [wire.encode_line(event, first + n, time) for n, event in enumerate(events)]
-        )
+        data = b"".join(wire.encode_lines(events, self.position, time))
         self._durable.write(segment.descriptor, data)
-        self._durable.sync(segment.descriptor)
+        self.sync()
         segment.end += len(data)
-        self.position = first + len(events)
+        self.position += len(events)
         self._last_time = now
         return time
 
     def sync(self) -> None:
-        """Make what others appended durable: they may have died before they could."""
+        """Make the segment durable, also what others appended: they may have died before they
+        could.
+        """
         if self._segment is not None:
             self._durable.sync(self._segment.descriptor)
+            if self._foreign_name:
+                self._durable.sync_path(self._directory)
+                self._foreign_name = False
 
     def changed(self) -> bool:
-        """Whether `catch_up` has something to do. Cheap: asked once per batch."""
+        """Whether `catch_up` has something to do. Cheap: asked once per batch.
+
+        Raises:
+            LogDamaged: the segment is gone, or shorter than it was.
+        """
         segment = self._segment
         if segment is None or self._torn:
             return self._exists(self.position)
-        grown = os.fstat(segment.descriptor).st_size != segment.end
-        return grown or self._exists(self.position)
+        status = os.fstat(segment.descriptor)
+        if status.st_size < segment.end or not status.st_nlink:
+            raise LogDamaged(
+                f"{segment.path.name} was removed or cut off while it was in use. "
+                "Put back what is missing, and start again."
+            )
+        return status.st_size != segment.end or self._exists(self.position)
 
     def lines(self, start: int) -> Iterator[Line]:
         """All lines from seq `start` on, decoded."""
@@ -155,6 +173,7 @@ class EventLog:
         self.close()
         self._segment = _Segment(first, path, descriptor)
         self._torn = False
+        self._foreign_name = True
 
     def _chunks(self) -> Iterator[bytes]:
         """Whole valid lines behind the known end, a mebibyte at a time, segment after segment."""
@@ -186,22 +205,15 @@ class EventLog:
 
     def _valid(self, data: bytes) -> bytes:
         """The lines at the start of `data` that continue the log; what follows them is torn."""
-        whole = data[: data.rfind(b"\n") + 1]
-        try:
-            last = wire.decode_line(whole[whole.rfind(b"\n", 0, -1) + 1 :])
-            if last["seq"] == self.position + whole.count(b"\n") - 1:
-                return whole
-        except wire.Malformed:
-            pass
         size = 0
-        for seq, raw in enumerate(whole.splitlines(keepends=True), self.position):
+        for seq, raw in enumerate(data.split(b"\n")[:-1], self.position):
             try:
                 if wire.decode_line(raw)["seq"] != seq:
                     break
             except wire.Malformed:
                 break
-            size += len(raw)
-        return whole[:size]
+            size += len(raw) + 1
+        return data[:size]
 
     def _advance(self, segment: _Segment, valid: bytes) -> None:
         if segment.end == 0:
@@ -233,6 +245,7 @@ class EventLog:
         segment = self._segment
         assert segment is not None  # noqa: S101 - _enter has just set it
         segment.end, segment.born = len(data), now
+        self._foreign_name = False
         self.position = first + 1
         self._last_time = now
         return segment

@@ -1,6 +1,7 @@
 """The files store: the port over the engine and the published files."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ class FilesStore:
         self._committer = ThreadPoolExecutor(1, "flowmason-commit")
         self._readers = ThreadPoolExecutor(4, "flowmason-read")
         self._settling: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
         self._commit = aiofiles.os.wrap(self._engine.commit)
         self._load = aiofiles.os.wrap(environment.published.secret)
 
@@ -79,18 +81,21 @@ class FilesStore:
 
     async def close(self) -> None:
         """See `Store.close`."""
+        self._closing.set()
         if self._settling is not None:
-            self._settling.cancel()
-            await asyncio.wait([self._settling])
-        await aiofiles.os.wrap(self._engine.close)(executor=self._committer)
-        self._committer.shutdown()
-        self._readers.shutdown()
+            await self._settling
+        try:
+            await aiofiles.os.wrap(self._engine.close)(executor=self._committer)
+        finally:
+            self._committer.shutdown()
+            self._readers.shutdown()
 
     async def _settle(self) -> None:
         """Sync what was published in the meantime and drop it from `staged/`."""
         try:
             if self._engine.staged < JOURNAL_LIMIT:
-                await asyncio.sleep(SETTLE_AFTER)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), SETTLE_AFTER)
             seal = aiofiles.os.wrap(self._engine.seal_journal)
             journal: Journal | None = await seal(executor=self._committer)
             if journal is not None:

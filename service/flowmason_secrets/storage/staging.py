@@ -6,6 +6,7 @@ when the files that were published from it are durable themselves. Blocking.
 
 import logging
 import os
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .durable import PRIVATE_FILE, Durable
 _log = logging.getLogger(__name__)
 
 _SUFFIX = ".journal"
+_JOURNAL = re.compile(r"[0-9]{12}-[0-9a-f]+\.journal")
 
 
 class Journal:
@@ -28,7 +30,11 @@ class Journal:
         self._descriptor = durable.open_append(self.path, PRIVATE_FILE)
         self.published: set[str] = set()
         self.size = 0
-        durable.sync_path(directory)
+        try:
+            durable.sync_path(directory)
+        except OSError:
+            os.close(self._descriptor)
+            raise
 
     def stage(self, changes: Iterable[tuple[str, Change]]) -> None:
         """Return when the changes, each with the id of its event, are on stable storage."""
@@ -57,7 +63,7 @@ class Leftovers:
     def __init__(self, directory: Path, durable: Durable) -> None:
         self._durable = durable
         self._paths = [directory / name for name in sorted(os.listdir(directory))]
-        self._journals = [path for path in self._paths if path.suffix == _SUFFIX]
+        self._journals = [path for path in self._paths if _JOURNAL.fullmatch(path.name)]
         starts = [int(path.name.partition("-")[0]) for path in self._journals]
         self.position = min(starts, default=0)
 

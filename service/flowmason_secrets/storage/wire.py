@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -16,9 +17,42 @@ class Malformed(ValueError):
     """Bytes on disk that are not what the format says."""
 
 
+class Unwritable(ValueError):
+    """Events that can't be lines: `reasons` says why, by their places."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.reasons = reasons
+
+
+def encode_lines(events: Sequence[Event], first: int, time: str) -> list[bytes]:
+    """Lines of the log with their newlines, numbered from `first` on.
+
+    Raises:
+        Unwritable: some would be longer than 8,000 bytes, or hold what is not text.
+    """
+    lines: list[bytes] = []
+    reasons: dict[int, str] = {}
+    for place, event in enumerate(events):
+        try:
+            lines.append(encode_line(event, first + place, time))
+        except ValueError as error:
+            reasons[place] = str(error)
+    if reasons:
+        raise Unwritable(reasons)
+    return lines
+
+
 def encode_line(event: Event, seq: int, time: str) -> bytes:
-    """One line of the log with its newline, at most 8,000 bytes. # format §5.1"""
-    line = orjson.dumps(_fields(event, seq, time), option=orjson.OPT_APPEND_NEWLINE)
+    """One line of the log with its newline, at most 8,000 bytes. # format §5.1
+
+    Raises:
+        ValueError: it would be longer, or holds what is not text.
+    """
+    try:
+        line = orjson.dumps(_fields(event, seq, time), option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError as error:
+        raise ValueError(str(error)) from None
     if len(line) > MAX_LINE:
         raise ValueError(f"an event of {len(line)} bytes does not fit into a line")
     return line
