@@ -27,12 +27,14 @@ class Answer(web.StreamResponse):
     """
 
     def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        super().__init__(status=status)
-        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-        self._head = "".join(lines)
+        # Not `super().__init__`: it makes the changeable headers that are never used here.
+        self._state = {}
+        self._status = status
+        head = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         # RFC 9110 §5.5: a line break in a value would begin a header of somebody else's choice.
-        if self._head.count("\n") != len(lines) or self._head.count("\r") != len(lines):
+        if head.count("\n") != len(headers) or head.count("\r") != len(headers):
             raise ValueError("a header value has a line break")
+        self._head = head
         self._content = body
 
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:

@@ -43,7 +43,14 @@ async def get_secret(service: Service, call: Call) -> Answer:
             "version": metadata.version,
         }
     )
-    return json_answer(body, headers={"ETag": metadata.etag} | _receipt(receipt))
+    headers = {
+        "Content-Type": "application/json",
+        "Cache-Control": "no-store",
+        "ETag": metadata.etag,
+        "Audit-Seq": str(receipt.seq),
+        "Audit-Id": receipt.id,
+    }
+    return Answer(200, headers, body)
 
 
 async def put_secret(service: Service, call: Call) -> Answer:

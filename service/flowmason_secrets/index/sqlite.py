@@ -35,11 +35,11 @@ _SECRETS = 128
 # How many secrets a listing looks at before other queries get their turn.
 _SCAN = 2048
 
-# The background works for at most so long without a pause, pauses nineteen times as long as
+# The background works for at most so long without a pause, pauses thirty-nine times as long as
 # it worked, and for a while after an error. Seconds.
 _WORK = 0.05
 _PAUSE = 0.5
-_REST = 19
+_REST = 39
 _AFTER_ERROR = 5.0
 
 
