@@ -90,10 +90,13 @@ class Row:
 class Target:
     """A server process on the measured core."""
 
-    def __init__(self, name: str, command: list[str], core: int, **environment: str) -> None:
+    def __init__(
+        self, name: str, command: list[str], core: int, cwd: str | None = None, **environment: str
+    ) -> None:
         self.row = Row(name)
         self.process = subprocess.Popen(
             command,
+            cwd=cwd,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             text=True,
@@ -218,13 +221,11 @@ def legacy(core: int) -> Iterator[tuple[Target, str]]:
         )
         python = str((LEGACY / "bin" / "python").absolute())
         environment = {"HOME": home, "FLOWMASON_SECRETS_KEY": MASTER_KEY}
-        target = Target(
-            "FlowMason 1.0.24: GET", [python, "-W", "ignore", "-c", program], core, **environment
-        )
+        command = [python, "-W", "ignore", "-c", program]
+        # It keeps its database in the working directory.
+        target = Target("FlowMason 1.0.24: GET", command, core, cwd=home, **environment)
         try:
-            # Its database outlives the process: another organisation each time.
-            new = f"org_slug=bench-{time.time_ns()}&user_email={time.time_ns()}@bench"
-            request = urllib.request.Request(f"{target.url}/api/v1/auth/bootstrap?{new}", b"")
+            request = urllib.request.Request(f"{target.url}/api/v1/auth/bootstrap", b"")
             key = _when_up(request)["api_key"]["key"]
             for number in range(SECRETS):
                 name = f"SECRET_{number:04d}"
