@@ -870,6 +870,8 @@ async def test_what_is_cancelled_happened_whole_or_not_at_all(data_dir: Path) ->
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
+        # Submitted before it was cancelled, it may commit after this one, in the same batch.
+        await secrets.exists("S")
         found = await secrets.get_metadata("S")
         assert await secrets.get("S") == found.description
         if not task.cancelled():
