@@ -17,7 +17,7 @@ from flowmason_secrets.config import PREFIX, VARIABLES, Settings, from_environme
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import Draft
 from flowmason_secrets.core.errors import ConfigurationError, DecryptionFailed
-from flowmason_secrets.core.keyring import DEFAULT_KEY_ID, MasterKey, Plaintext
+from flowmason_secrets.core.keyring import DEFAULT_KEY_ID, Keyring, MasterKey, Plaintext
 
 KEY = "the first master key, of 32 characters or more"
 OLD = "the second master key, 32 characters or more"
@@ -37,7 +37,8 @@ WHOLE = [
 # Variable → what it says, and what becomes of it.
 SAID: dict[str, tuple[str, Any]] = {
     "KEY": (KEY, (KEY,)),
-    "KEY_FILE": ("", ()),
+    "KEY_FILE": ("", None),
+    "OLD_KEYS": ("", ()),
     "DIR": ("/srv/secrets", Path("/srv/secrets")),
     "HOST": ("::1", "::1"),
     "PORT": ("8701", 8701),
@@ -215,6 +216,16 @@ def test_one_key_a_line(key_file: Path, content: str, keys: tuple[str, ...]) -> 
     assert from_environment({f"{PREFIX}KEY_FILE": str(key_file)}).master_keys == keys
 
 
+def test_old_keys_follow_the_one_that_encrypts(key_file: Path) -> None:
+    old = {f"{PREFIX}OLD_KEYS": f"{OLD}\ndefault\n"}
+    assert from_environment(old | {f"{PREFIX}KEY": KEY}).master_keys == (KEY, OLD, "default")
+    settings = from_environment(old | {f"{PREFIX}KEY_FILE": str(key_file)})
+    assert settings.master_keys == (KEY, OLD, "default")
+    assert (settings.key_file, settings.old_keys) == (key_file, (OLD, "default"))
+    assert from_environment(old, master_key=KEY).master_keys == (KEY, OLD, "default")
+    refused({"OLD_KEYS": OLD}, f"{PREFIX}KEY", f"{PREFIX}KEY_FILE")
+
+
 @pytest.mark.parametrize("content", [b"", b"\n", b"  \r\n\t\n", b"\xff\xfe" + CANARY.encode()])
 def test_key_files_without_a_key(key_file: Path, content: bytes) -> None:
     key_file.write_bytes(content)
@@ -332,7 +343,7 @@ def test_production_refuses_to_start(tmp_path: Path, variables: dict[str, str]) 
 
 def test_settings_hide_their_keys() -> None:
     settings = Settings(master_keys=(KEY, OLD))
-    keyring = app.make_keyring(settings.master_keys)
+    keyring = Keyring([MasterKey.of(KEY), MasterKey.of(OLD)])
     for shown in (settings, keyring, [settings], MasterKey.of(KEY), {"settings": settings}):
         for text in (repr(shown), str(shown), f"{shown}"):
             assert KEY not in text

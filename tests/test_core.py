@@ -42,7 +42,7 @@ from flowmason_secrets.gate import Gate
 from flowmason_secrets.storage.memory import MemoryStore
 
 from .harness.faults import Faulty, no_space
-from .harness.server import MASTER_KEY, settings_for
+from .harness.server import MASTER_KEY, key_ids, settings_for
 from .test_stores import files_store, metadata
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -344,7 +344,7 @@ class Naive:
             elif one.event is None:
                 current.append(index)
             else:
-                self.history.append(None if one.change is None else one.event.ref)
+                self.history.append(None if one.change is None else one.event.changed[0])
                 events.append(index)
         return events, current, stale
 
@@ -389,7 +389,7 @@ def test_a_bounded_memory_errs_on_the_safe_side(
             range(len(batch))
         )
         for index, event in found.events:
-            naive.history.append(None if batch[index].change is None else event.ref)
+            naive.history.append(None if batch[index].change is None else event.changed[0])
         assert len(changes._last) <= limit
 
 
@@ -472,7 +472,7 @@ async def test_a_secret_is_read_with_the_key_that_it_names_only(data_dir: Path) 
     await service.set(caller, Draft("TOKEN", Plaintext("value")))
     await service.close()
     (meta,) = data_dir.glob("*/*.meta")
-    held = app.make_keyring((MASTER_KEY, "another master key")).held
+    held = key_ids(MASTER_KEY, "another master key")
     text = meta.read_text()
     assert held[0] in text
     meta.write_text(text.replace(held[0], held[1]))

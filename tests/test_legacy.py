@@ -32,7 +32,7 @@ from flowmason_secrets.core.records import Metadata
 from flowmason_secrets.service import Service
 
 from .harness.legacy import Legacy, LegacyStore
-from .harness.server import MASTER_KEY
+from .harness.server import MASTER_KEY, key_ids
 
 OTHER_KEY = "quite another master key of 32 characters"
 
@@ -397,7 +397,7 @@ async def test_an_update_writes_our_format_and_keeps_the_creation(store: LegacyS
     token = stem.with_suffix(".secret").read_bytes().rstrip(b"\n")
     meta = json.loads(stem.with_suffix(".meta").read_bytes())
     assert meta["token_sha256"] == hashlib.sha256(token).hexdigest()
-    assert meta["key_id"] == app.make_keyring((MASTER_KEY,)).active
+    assert meta["key_id"] == key_ids(MASTER_KEY)[0]
     shown = {name: meta[name] for name in written if name != "is_expired"}
     assert shown == {name: value for name, value in written.items() if name != "is_expired"}
     event = next(line for line in events_of(store.data_dir) if line["action"] == "secret.create")
@@ -411,7 +411,7 @@ async def test_a_wrong_key_changes_nothing(store: LegacyStore, wrong: tuple[str,
     before = files_of(store)
     caller = app.local_caller("acme")
     keys = app.with_overrides(settings_of(store, OTHER_KEY), master_keys=wrong)
-    held = app.make_keyring(wrong).held
+    held = key_ids(*wrong)
     service = await app.open_service(keys)
     try:
         with pytest.raises(DecryptionFailed) as failed:

@@ -27,6 +27,7 @@ from flowmason_secrets.core.names import org_hash, secret_hash
 from flowmason_secrets.core.ports import Sources
 from flowmason_secrets.core.records import PutSecret
 from flowmason_secrets.index.sqlite import SqliteIndex
+from flowmason_secrets.masterkeys import MasterKeys
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage import files as files_module
 from flowmason_secrets.storage import wire
@@ -35,6 +36,7 @@ from flowmason_secrets.storage.durable import Durable, StrPath
 from flowmason_secrets.storage.engine import Environment
 from flowmason_secrets.storage.eventlog import SegmentLimits
 from flowmason_secrets.storage.files import FilesStore, FilesTail
+from flowmason_secrets.storage.keysources import FixedKeys
 from flowmason_secrets.storage.published import Layout, Published
 
 from .harness.faults import PowerOff, Unplugged, Volatile
@@ -252,7 +254,7 @@ def open_on(root: Path, durable: Durable, segment: int = 64 << 20) -> Service:
     environment = Environment(
         layout=layout,
         durable=durable,
-        published=Published(layout, durable, RING.oldest),
+        published=Published(layout, durable, lambda: RING.oldest),
         cache=CiphertextCache(1 << 20),
         sources=sources,
         limits=SegmentLimits(segment),
@@ -261,7 +263,8 @@ def open_on(root: Path, durable: Durable, segment: int = 64 << 20) -> Service:
     index = SqliteIndex(
         FilesTail(environment), layout.index, lambda: store.position, durable.unlink
     )
-    return Service(store, index, RING, sources)
+    master = MasterKeys(RING, FixedKeys(KEYS), lambda: store.position)
+    return Service(store, index, master, sources)
 
 
 RING = Keyring(KEYS)

@@ -55,7 +55,7 @@ def files_store(
         Environment(
             layout=layout,
             durable=durable,
-            published=Published(layout, durable, "oldest"),
+            published=Published(layout, durable, lambda: "oldest"),
             cache=CiphertextCache(1 << 20),
             sources=Sources(time.time, _ids),
             limits=limits or SegmentLimits(),

@@ -10,16 +10,18 @@ from dataclasses import replace
 from .config import PREFIX, Settings
 from .core.access import ANY, Caller, Principal
 from .core.events import Ids
-from .core.keyring import DEFAULT_KEY, Keyring, MasterKey
+from .core.keyring import DEFAULT_KEY, Keyring, KeySource, MasterKey
 from .core.names import check_line, check_org
 from .core.ports import Sources
 from .index.sqlite import SqliteIndex
+from .masterkeys import MasterKeys
 from .service import Service
 from .storage.cache import CiphertextCache
 from .storage.durable import Durable
 from .storage.engine import Environment
 from .storage.eventlog import SegmentLimits
 from .storage.files import FilesStore, FilesTail
+from .storage.keysources import FixedKeys, KeyFile, Naming
 from .storage.published import Layout, Published
 
 _log = logging.getLogger("flowmason_secrets")
@@ -37,14 +39,15 @@ async def open_service(settings: Settings, durable: Durable | None = None) -> Se
         LogUnavailable: the data directory can't be used.
         LogDamaged: the event log contradicts itself.
     """
-    keyring = await asyncio.to_thread(make_keyring, settings.master_keys)
     durable = durable or Durable()
+    source = await asyncio.to_thread(key_source, settings, durable)
+    keyring = Keyring(await asyncio.to_thread(source.load))
     layout = Layout(settings.root)
     sources = Sources(time.time, Ids(time.time, os.urandom))
     environment = Environment(
         layout=layout,
         durable=durable,
-        published=Published(layout, durable, keyring.oldest),
+        published=Published(layout, durable, lambda: keyring.oldest),
         cache=CiphertextCache(settings.cache_bytes),
         sources=sources,
         limits=SegmentLimits(settings.segment_bytes, settings.segment_age),
@@ -53,7 +56,8 @@ async def open_service(settings: Settings, durable: Durable | None = None) -> Se
     index = SqliteIndex(
         FilesTail(environment), layout.index, lambda: store.position, durable.unlink
     )
-    service = Service(store, index, keyring, sources, settings.queue_limit)
+    master = MasterKeys(keyring, source, lambda: store.position)
+    service = Service(store, index, master, sources, settings.queue_limit)
     try:
         await service.recover()
     except BaseException:
@@ -62,15 +66,20 @@ async def open_service(settings: Settings, durable: Durable | None = None) -> Se
     return service
 
 
-def make_keyring(master_keys: tuple[str, ...]) -> Keyring:
-    """The keyring of these master keys; without any, the documented default and a warning.
+def key_source(settings: Settings, durable: Durable) -> KeySource:
+    """Where the master keys of these settings come from; without any, it is the documented default
+    and a warning.
 
     Takes tens of milliseconds for each key.
     """
-    if not master_keys:
+    if settings.key_file is not None:
+        return KeyFile(settings.key_file, settings.old_keys, durable)
+    if not settings.master_keys:
         _log.warning(DEFAULT_KEY_WARNING)
-        return Keyring([DEFAULT_KEY])
-    return Keyring([MasterKey.of(key) for key in master_keys])
+        return FixedKeys([DEFAULT_KEY])
+    first, *others = settings.master_keys
+    # Only in a list does a word stand for the default key.
+    return FixedKeys([MasterKey.of(first), *Naming()(others)])
 
 
 def local_caller(org_id: str, actor: str | None = None) -> Caller:

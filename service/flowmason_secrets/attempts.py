@@ -13,6 +13,7 @@ from .core.ports import STALE, Store
 from .core.records import Change, PutSecret
 from .core.status import STATUS, outcome_of
 from .gate import Gate
+from .masterkeys import MasterKeys
 
 T = TypeVar("T")
 
@@ -42,11 +43,13 @@ class Path:
         store: Store,
         gate: Gate,
         authentication: Authentication,
+        master: MasterKeys,
         new_id: Callable[[], str],
     ) -> None:
         self._store = store
         self._gate = gate
         self._authentication = authentication
+        self._master = master
         self._new_id = new_id
 
     async def perform(
@@ -70,7 +73,7 @@ class Path:
                 receipt = await self._gate.submit(intent)
                 if type(receipt) is Receipt:
                     return result, receipt
-            caller = await self.renew(caller, name)
+            caller = await self.renew(attempt, name)
 
     async def refuse(self, attempt: Attempt, action: str, refusal: SecretsError) -> bool:
         """Record a refusal; False if what it was based on is outdated."""
@@ -94,7 +97,7 @@ class Path:
             except errors.Denied as refusal:
                 if await self.refuse(attempt, action, refusal):
                     raise
-                caller = await self.renew(caller, None)
+                caller = await self.renew(attempt, None)
             else:
                 return await self.barrier(caller)
 
@@ -109,12 +112,16 @@ class Path:
             caller = await self._authentication.renew(caller)
         return self._store.position
 
-    async def renew(self, caller: Caller, name: str | None) -> Caller:
+    async def renew(self, attempt: Attempt, name: str | None) -> Caller:
         """Forget what turned out to be outdated, and look the caller up again.
 
         Raises:
             Unauthenticated: his API key was revoked in the meantime.
+            ConfigurationError: the master keys may have changed, and can't be read.
         """
+        caller = attempt.caller
+        if self._master.depends in attempt.depends:
+            await self._master.reload()
         if name is not None:
             self._store.forget(caller.principal.org_id, name)
         return await self._authentication.renew(caller)

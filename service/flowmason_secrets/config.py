@@ -3,13 +3,13 @@
 import ipaddress
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .core.errors import ConfigurationError
-from .core.keyring import MIN_PRODUCTION_KEY
+from .core.keyring import DEFAULT_KEY_WORD, MIN_PRODUCTION_KEY
+from .storage.keysources import read_key_file
 
 PREFIX = "FLOWMASON_SECRETS_"
 API_KEY = "FLOWMASON_API_KEY"
@@ -18,9 +18,14 @@ DEFAULT_PORT = 8700
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything that can be set. Sizes in bytes, durations in seconds."""
+    """Everything that can be set. Sizes in bytes, durations in seconds.
+
+    `master_keys` has the active one first, also those of `key_file`, as they were, and `old_keys`.
+    """
 
     master_keys: tuple[str, ...] = field(default=(), repr=False)
+    key_file: Path | None = None
+    old_keys: tuple[str, ...] = field(default=(), repr=False)
     data_dir: Path = Path("~/.flowmason/secrets")
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
@@ -41,8 +46,13 @@ class Settings:
 VARIABLES: dict[str, tuple[str, str]] = {
     "KEY": ("master_keys", "The master key."),
     "KEY_FILE": (
-        "master_keys",
+        "key_file",
         "A file with one master key a line, the newest first; mode 0600. Instead of KEY.",
+    ),
+    "OLD_KEYS": (
+        "old_keys",
+        "Older master keys, one a line: what is under them stays readable. "
+        f"The word {DEFAULT_KEY_WORD} stands for the documented default key.",
     ),
     "DIR": ("data_dir", "The data directory."),
     "HOST": ("host", "The address to listen on."),
@@ -57,6 +67,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
 
 
 _MOST = {"port": 65535}
+_KEYS = frozenset({"KEY", "KEY_FILE", "OLD_KEYS"})
 
 
 def from_environment(
@@ -77,20 +88,37 @@ def from_environment(
         if short not in VARIABLES:
             known = ", ".join(PREFIX + name for name in VARIABLES)
             raise ConfigurationError(f"Unknown variable {variable}. Known are: {known}.")
-        if short not in ("KEY", "KEY_FILE"):
+        if short not in _KEYS:
             name = VARIABLES[short][0]
             values[name] = _convert(variable, name, environ[variable])
     if master_key is not None:
         check_key(master_key, "The master key")
-        return Settings(**values, master_keys=(master_key,))  # type: ignore[arg-type] # as below
+        old = _old_keys(environ)
+        return Settings(**values, master_keys=(master_key, *old), old_keys=old)  # type: ignore[arg-type] # as below
+    return Settings(**values, **_master_keys(environ))  # type: ignore[arg-type] # _convert has checked each of them
+
+
+def _master_keys(environ: Mapping[str, str]) -> dict[str, object]:
     key, key_file = environ.get(PREFIX + "KEY"), environ.get(PREFIX + "KEY_FILE")
+    old = _old_keys(environ)
     if key and key_file:
         raise ConfigurationError(f"Set {PREFIX}KEY or {PREFIX}KEY_FILE, not both.")
     if key:
-        values["master_keys"] = (check_key(key, PREFIX + "KEY"),)
-    elif key_file:
-        values["master_keys"] = read_key_file(Path(key_file).expanduser())
-    return Settings(**values)  # type: ignore[arg-type] # _convert has checked each of them
+        return {"master_keys": (check_key(key, PREFIX + "KEY"), *old), "old_keys": old}
+    if key_file:
+        path = Path(key_file).expanduser().absolute()
+        keys = (*read_key_file(path), *old)
+        return {"master_keys": keys, "key_file": path, "old_keys": old}
+    if old:
+        raise ConfigurationError(
+            f"{PREFIX}OLD_KEYS needs the key that encrypts: {PREFIX}KEY or {PREFIX}KEY_FILE."
+        )
+    return {}
+
+
+def _old_keys(environ: Mapping[str, str]) -> tuple[str, ...]:
+    lines = environ.get(PREFIX + "OLD_KEYS", "").split("\n")
+    return tuple(check_key(key.strip(), PREFIX + "OLD_KEYS") for key in lines if key.strip())
 
 
 def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -128,27 +156,6 @@ def check_key(key: str, where: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in key):
         raise ConfigurationError(f"{where} is not UTF-8.")
     return key
-
-
-def read_key_file(path: Path) -> tuple[str, ...]:
-    """The master keys in a key file, the active one first.
-
-    Raises:
-        ConfigurationError: missing, empty, or readable by group or others.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            keys = tuple(line.strip() for line in file if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"The key file {path} can't be read: {error}.") from None
-    if mode & 0o077:
-        raise ConfigurationError(
-            f"The key file {path} is open to others (mode {mode:04o}). Run: chmod 600 {path}"
-        )
-    if not keys:
-        raise ConfigurationError(f"The key file {path} holds no key. It has one key a line.")
-    return keys
 
 
 def check_production(settings: Settings) -> None:

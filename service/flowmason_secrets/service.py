@@ -13,7 +13,7 @@ from .core.drafts import Draft, Precondition, Revealed, Written
 from .core.errors import SecretsError
 from .core.events import Event, Line, Receipt
 from .core.intents import Intent
-from .core.keyring import KeyNotHeld, Keyring, NotAuthentic, Plaintext
+from .core.keyring import KeyNotHeld, NotAuthentic, Plaintext
 from .core.ports import AuditQuery, Index, ListQuery, Sources, Store
 from .core.records import (
     DropSecret,
@@ -24,6 +24,8 @@ from .core.records import (
 )
 from .gate import QUEUE_LIMIT, Gate
 from .keys import ApiKeys
+from .masterkeys import MasterKeys
+from .rotation import Rotation
 
 T = TypeVar("T")
 
@@ -38,21 +40,21 @@ class Service:
         self,
         store: Store,
         index: Index,
-        keyring: Keyring,
+        master: MasterKeys,
         sources: Sources,
         queue_limit: int = QUEUE_LIMIT,
     ) -> None:
         self._store = store
         self._index = index
-        self._keyring = keyring
+        self._master = master
         self._clock, self._new_id = sources
         self.gate = Gate(store, queue_limit)
         self.authentication = Authentication(store, sources.clock)
         self.failures = Failures(self.gate, sources.new_id)
-        self._path = Path(store, self.gate, self.authentication, sources.new_id)
+        self._path = Path(store, self.gate, self.authentication, master, sources.new_id)
         self.keys = ApiKeys(store, self._path, sources.clock)
+        self.rotation = Rotation((store, index), self.gate, self._path, master, sources.new_id)
         self._locks: WeakValueDictionary[Ref, asyncio.Lock] = WeakValueDictionary()
-        self._derivation = asyncio.Lock()
 
     async def get(self, caller: Caller, name: str) -> Revealed:
         """Return the current value and the receipt of this read.
@@ -93,10 +95,10 @@ class Service:
             current = await self._find(attempt, name)
             if precondition is not None:
                 precondition.check(name, current)
-            metadata = self._next(attempt.caller, draft, expiry, current)
             org_id = attempt.caller.principal.org_id
-            await self._derive(org_id, metadata.key_id)
-            token = self._keyring.encrypt(org_id, draft.value)
+            attempt.depends += (self._master.depends,)
+            key_id, token = await self._master.encrypt(org_id, draft.value)
+            metadata = self._next(attempt.caller, draft, expiry, current, key_id)
             attempt.change = PutSecret(org_id, metadata, token)
             attempt.version = metadata.version
             attempt.details = {"kind": "create" if current is None else "update"}
@@ -154,7 +156,7 @@ class Service:
             else:
                 if await self.gate.is_current(Intent(None, attempt.depends)):
                     return record.metadata
-            caller = await self._path.renew(caller, name)
+            caller = await self._path.renew(attempt, name)
 
     async def listing(self, caller: Caller, query: ListQuery) -> AsyncIterator[list[Metadata]]:
         """Metadata sorted by name, in pages of at most 1,000 until `query.limit` are there.
@@ -199,8 +201,18 @@ class Service:
 
         Raises:
             LogUnavailable, LogDamaged: the data directory can't be used.
+            ConfigurationError: the master keys can't be read.
         """
         await self.gate.is_current(Intent(None, ()))
+        await self.reload_keys()
+
+    async def reload_keys(self) -> None:
+        """Read the master keys anew.
+
+        Raises:
+            ConfigurationError: they can't be read; those that are held stay.
+        """
+        await self._master.reload()
 
     def start(self) -> None:
         """Let the projections follow the log in the background."""
@@ -264,22 +276,21 @@ class Service:
         if damage is not None:
             raise errors.SecretDamaged(metadata.name, damage)
         org_id, key_id = attempt.caller.principal.org_id, metadata.key_id
-        if not self._keyring.derived(org_id, key_id):
-            await self._derive(org_id, key_id)
+        keyring = self._master.keyring
+        if not keyring.derived(org_id, key_id):
+            await self._master.prepare(org_id, key_id)
         try:
-            return self._keyring.decrypt(org_id, key_id, token)
+            return keyring.decrypt(org_id, key_id, token)
         except (KeyNotHeld, NotAuthentic):
-            held = self._keyring.held
-            raise errors.DecryptionFailed(metadata.name, key_id, held) from None
-
-    async def _derive(self, org_id: str, key_id: str) -> None:
-        """Once per organisation, and never on the event loop: it takes tens of milliseconds."""
-        async with self._derivation:
-            if not self._keyring.derived(org_id, key_id):
-                await asyncio.to_thread(self._keyring.derive, org_id, key_id)
+            raise errors.DecryptionFailed(metadata.name, key_id, keyring.held) from None
 
     def _next(
-        self, caller: Caller, draft: Draft, expiry: float | None, current: SecretRecord | None
+        self,
+        caller: Caller,
+        draft: Draft,
+        expiry: float | None,
+        current: SecretRecord | None,
+        key_id: str,
     ) -> Metadata:
         now = times.render(self._clock())
         before = None if current is None else current.metadata
@@ -297,7 +308,7 @@ class Service:
             expires_at=None if expiry is None else times.render(expiry),
             version=1 if before is None else before.version + 1,
             revision=self._new_id(),
-            key_id=self._keyring.active,
+            key_id=key_id,
             expiry=expiry,
         )
 

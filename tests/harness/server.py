@@ -13,6 +13,7 @@ import aiohttp
 from flowmason_secrets import app
 from flowmason_secrets.config import Settings
 from flowmason_secrets.core.drafts import KeyDraft
+from flowmason_secrets.core.keyring import DEFAULT_KEY_ID, MasterKey
 
 MASTER_KEY = "a master key for tests, 32 characters or more"
 
@@ -33,6 +34,11 @@ async def issue_key(data_dir: Path, org: str = "acme", **draft: object) -> str:
 def settings_for(data_dir: Path, **changes: object) -> Settings:
     """Settings for a data directory of a test."""
     return app.with_overrides(Settings(), master_keys=(MASTER_KEY,), data_dir=data_dir, **changes)
+
+
+def key_ids(*materials: str) -> tuple[str, ...]:
+    """What a keyring of these master keys holds; without any, the documented default key."""
+    return tuple(MasterKey.of(material).key_id for material in materials) or (DEFAULT_KEY_ID,)
 
 
 class ServerProcess:

@@ -11,6 +11,10 @@ Detail = str | int | bool | list[str] | None
 
 MAX_LINE = 8000
 
+KEY_ROTATE = "key.rotate"
+# Which master key encrypts: what every change of a secret depends on.
+KEYRING: Ref = ("", "master_key")
+
 # Bounds that keep every line below MAX_LINE even if JSON has to escape each character.
 MAX_EVENT_NAME = 256
 MAX_RESOURCE_ID = 64
@@ -38,9 +42,9 @@ class Event(NamedTuple):
     details: dict[str, Detail] | None = None
 
     @property
-    def ref(self) -> Ref:
-        """What this event is about."""
-        return (self.org_id or "", self.resource_id or "")
+    def changed(self) -> list[Ref]:
+        """What the event changes, if it stands for a change."""
+        return _changed(self.action, self.org_id, self.resource_id, self.details or {})
 
 
 class Line(TypedDict):
@@ -73,12 +77,33 @@ class Receipt(NamedTuple):
     id: str
 
 
-_CHANGES = frozenset({"secret.create", "secret.delete", "api_key.create", "api_key.revoke"})
+_CHANGES = frozenset(
+    {"secret.create", "secret.delete", "api_key.create", "api_key.revoke", KEY_ROTATE}
+)
 
 
 def is_change(line: Line) -> bool:
     """Whether the event made something visible, so that what others cached of it is outdated."""
     return line["outcome"] == "success" and line["action"] in _CHANGES
+
+
+def changed(line: Line) -> list[Ref]:
+    """What the event made visible; empty if it is no change."""
+    if not is_change(line):
+        return []
+    return _changed(line["action"], line["org_id"], line["resource_id"], line["details"])
+
+
+def _changed(
+    action: str, org_id: str | None, resource_id: str | None, details: dict[str, Detail]
+) -> list[Ref]:
+    if action != KEY_ROTATE:
+        return [(org_id or "", resource_id or "")]
+    # format §5.4: a batch names the secrets that it re-encrypted.
+    secrets = details.get("secrets")
+    if not isinstance(secrets, list):
+        return [KEYRING]
+    return [(org_id or "", secret) for secret in secrets]
 
 
 def event(

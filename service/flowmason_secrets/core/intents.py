@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .events import Event
+from .events import KEY_ROTATE, Event
 from .records import Change, Ref
 
 
@@ -71,8 +71,9 @@ def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission
                 continue
             verdict.events.append((index, event))
             position += 1
-            if change is not None:
-                changes.record(event.ref, position)
+            if change is not None or event.action == KEY_ROTATE:
+                for ref in event.changed:
+                    changes.record(ref, position)
     return verdict
 
 

@@ -5,8 +5,9 @@ The derivation is FlowMason 1.0's (FORMAT.md §3); the encryption is `cryptograp
 
 import hashlib
 from base64 import urlsafe_b64encode
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives import hashes
@@ -47,9 +48,32 @@ class MasterKey:
         return cls(_pbkdf2(material, b"flowmason-secrets key id", 4).hex(), material)
 
 
+# How the documented default key is written where master keys are listed.
+DEFAULT_KEY_WORD = "default"
+
 # The documented key of FlowMason when none is configured: anybody who knows the organisation can
 # derive it, so it protects nothing.
 DEFAULT_KEY = MasterKey(DEFAULT_KEY_ID, None)
+
+
+class KeySource(Protocol):
+    """Where the master keys of a process come from. Blocking: called in worker threads only.
+
+    All of it raises ConfigurationError where the keys can't be read, and OSError where they can't
+    be written.
+    """
+
+    # Whether other processes see what `put_first` and `drop` do.
+    shared: bool
+
+    def load(self) -> Sequence[MasterKey]:
+        """All keys as they are now, the one that encrypts first."""
+
+    def put_first(self, material: str) -> None:
+        """From now on this key encrypts; the others stay."""
+
+    def drop(self, key_ids: Collection[str]) -> None:
+        """Forget keys; the one that encrypts stays."""
 
 
 class KeyNotHeld(LookupError):
@@ -64,12 +88,22 @@ class Keyring:
     """The master keys of this process, newest first: the first one encrypts."""
 
     def __init__(self, keys: Sequence[MasterKey]) -> None:
+        self._derived: dict[tuple[str, str], Fernet] = {}
+        self.hold(keys)
+
+    def hold(self, keys: Sequence[MasterKey]) -> None:
+        """Hold these keys instead, the newest first.
+
+        Raises:
+            ValueError: there is none.
+        """
         if not keys:
             raise ValueError("a keyring needs at least one key")
         self._keys = {key.key_id: key for key in keys}
         self._active = keys[0].key_id
         self._oldest = keys[-1].key_id
-        self._derived: dict[tuple[str, str], Fernet] = {}
+        for place in [place for place in self._derived if place[1] not in self._keys]:
+            del self._derived[place]
 
     @property
     def active(self) -> str:
@@ -87,12 +121,18 @@ class Keyring:
         return tuple(self._keys)
 
     def derived(self, org_id: str, key_id: str) -> bool:
-        """Whether the key for this organisation is at hand, or is not held at all."""
-        return (org_id, key_id) in self._derived or key_id not in self._keys
+        """Whether the key for this organisation is at hand."""
+        return (org_id, key_id) in self._derived
 
     def derive(self, org_id: str, key_id: str) -> None:
-        """Make the key for this organisation ready. Takes tens of ms: not for the loop."""
-        key = self._keys[key_id]
+        """Make the key for this organisation ready. Takes tens of ms: not for the loop.
+
+        Raises:
+            KeyNotHeld: this keyring has no such key.
+        """
+        key = self._keys.get(key_id)
+        if key is None:
+            raise KeyNotHeld(key_id)
         material = key.material
         if material is None:
             seed = f"flowmason-default-key-{org_id}".encode()

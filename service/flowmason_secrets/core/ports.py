@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 from .errors import SecretsError
 from .events import Line, Receipt
 from .intents import Intent
-from .records import ApiKey, Metadata, SecretRecord
+from .records import ApiKey, Inventory, Metadata, SecretRecord
 
 # Seconds since the epoch.
 Clock = Callable[[], float]
@@ -47,6 +47,15 @@ class Store(Protocol):
 
         A record with `damage` set stands for files that don't make a whole secret.
         """
+
+    async def load_all(self, org_id: str, names: Sequence[str]) -> list[SecretRecord | None]:
+        """Like `load`, one for each name; nothing of it is kept in memory."""
+
+    async def org_hashes(self) -> list[str]:
+        """The hashes of all organisations that have secrets, and perhaps of some that had."""
+
+    async def inventory(self, org_hash: str) -> Inventory:
+        """Which secrets an organisation has, and under which master keys: from what is stored."""
 
     async def load_api_key(self, digest: str) -> ApiKey | None:
         """The API key with this SHA-256 (hex), live or not."""
@@ -143,6 +152,9 @@ class Index(Protocol):
 
     async def listing(self, query: ListQuery, position: int) -> list[Metadata]:
         """Matching secrets sorted by name, as they were after `position` events or later."""
+
+    async def organisations(self, position: int) -> list[str]:
+        """The ids of all organisations among the first `position` events."""
 
     def start(self) -> None:
         """Follow the log in the background."""

@@ -1,9 +1,11 @@
 """What is stored: a secret with its metadata, and an API key with its grants. FORMAT.md §2, §4."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .access import Principal
+from .names import secret_id
 
 # Identifies what an event changes or depends on: the organisation and the resource's id.
 Ref = tuple[str, str]
@@ -85,6 +87,16 @@ class SecretRecord(NamedTuple):
     damage: str | None = None
 
 
+class Inventory(NamedTuple):
+    """An organisation's secrets: names by the id of the master key they are under.
+
+    `damaged` has the file stems of what is not a whole secret.
+    """
+
+    names: dict[str, list[str]]
+    damaged: list[str]
+
+
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """An API key, of which only the SHA-256 is kept. Times are RFC 3339 in UTC.
@@ -145,4 +157,28 @@ class PutApiKey:
     key: ApiKey
 
 
-Change = PutSecret | DropSecret | PutApiKey
+@dataclass(frozen=True, slots=True)
+class Rekey:
+    """The change that puts secrets of one organisation under another master key, and no more."""
+
+    secrets: tuple[PutSecret, ...]
+
+
+# A change of one resource, and any change.
+Single = PutSecret | DropSecret | PutApiKey
+Change = Single | Rekey
+
+
+def singles(change: Change) -> Iterable[tuple[Ref, Single]]:
+    """The changes of single resources that a change consists of."""
+    match change:
+        case PutSecret(org_id, metadata):
+            # Not the id in the file: events name this one.
+            yield (org_id, secret_id(org_id, metadata.name)), change
+        case DropSecret(org_id, name):
+            yield (org_id, secret_id(org_id, name)), change
+        case PutApiKey(key):
+            yield (key.org_id, key.id), change
+        case Rekey(secrets):
+            for secret in secrets:
+                yield from singles(secret)

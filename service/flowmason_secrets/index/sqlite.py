@@ -114,6 +114,20 @@ class SqliteIndex:
                 break
         return found
 
+    async def organisations(self, position: int) -> list[str]:
+        """The ids of all organisations among the first `position` events.
+
+        Raises:
+            LogDamaged: the log does not hold `position` events.
+            IndexUnavailable: the database can't be written.
+        """
+
+        def found(opened: _Open) -> list[str]:
+            self._catch_up(opened, position)
+            return opened.terms.organisations()
+
+        return await self._hop(found)
+
     def start(self) -> None:
         """Follow the log in the background."""
         if self._follower is None:

@@ -70,6 +70,15 @@ class Terms:
         ).fetchone()
         return None if row is None else int(row[0])
 
+    def organisations(self) -> list[str]:
+        """All organisations that events name.
+
+        Raises:
+            Damaged: a term is not text.
+        """
+        rows = self._connection.execute("select value from term where field = ?", (ORG,))
+        return [_text(value) for (value,) in rows]
+
     def names(self, name: str) -> set[int]:
         """The ids of a name in all organisations."""
         rows = self._connection.execute(

@@ -125,6 +125,12 @@ class Durable:
         """Give a file its name, in place of what had that name before."""
         os.replace(source, target)
 
+    def give(self, path: Path, user: int, group: int) -> None:
+        """Make a file somebody's; nothing happens if it is his already."""
+        status = os.stat(path)
+        if (status.st_uid, status.st_gid) != (user, group):
+            os.chown(path, user, group)
+
     def unlink(self, path: StrPath) -> None:
         """Remove a name; one that is gone already is fine."""
         with contextlib.suppress(FileNotFoundError):

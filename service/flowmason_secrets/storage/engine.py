@@ -12,10 +12,10 @@ from uuid import uuid4
 
 from .. import forking
 from ..core.errors import InvalidInput, LogDamaged, LogUnavailable
-from ..core.events import Event, Line, Receipt, is_change
+from ..core.events import Event, Receipt, changed
 from ..core.intents import Changes, Intent, admit
 from ..core.ports import STALE, Sources, Verdict
-from ..core.records import Change, PutSecret, Ref, SecretRecord
+from ..core.records import Change, PutSecret, Ref, SecretRecord, singles
 from . import wire
 from .cache import CiphertextCache
 from .durable import Durable
@@ -132,8 +132,7 @@ class Engine:
             published = _published_up_to(lock)
             unpublished = False
             for line in log.catch_up():
-                if is_change(line):
-                    ref = (line["org_id"] or "", line["resource_id"] or "")
+                for ref in changed(line):
                     self._changes.record(ref, line["seq"] + 1)
                     self._env.cache.drop(ref)
                     unpublished |= line["seq"] >= published
@@ -176,13 +175,12 @@ class Engine:
             # Nothing is published whose event could still vanish.
             log.sync()
             staged = leftovers.changes()
-            newest: dict[Ref, Line] = {}
+            newest: dict[Ref, str] = {}
             for line in log.lines(leftovers.position):
-                if is_change(line):
-                    newest[line["org_id"] or "", line["resource_id"] or ""] = line
+                newest.update(dict.fromkeys(changed(line), line["id"]))
             paths: set[str] = set()
-            for line in newest.values():
-                change = staged.get(line["id"])
+            for place in newest.items():
+                change = staged.get(place)
                 if change is not None:
                     paths.update(self._env.published.publish_again(change))
             sync_published(paths, self._env.durable)
@@ -266,18 +264,18 @@ class Engine:
         """Publish in the order of commits: the lock is still held."""
         env, journal = self._env, self._journal
         assert journal is not None  # noqa: S101 - _stage has set it
+        parts = [part for change in changes for part in singles(change)]
         try:
-            for change in changes:
-                journal.published.update(env.published.publish(change))
+            for _, single in parts:
+                journal.published.update(env.published.publish(single))
             self._set_published(lock, log.position)
         except OSError:
             # They are committed: recovery publishes them as soon as it can, before anything else.
             self._abandon()
             return
-        for change in changes:
-            if isinstance(change, PutSecret):
-                record = SecretRecord(change.metadata, change.token, log.position)
-                env.cache.put((change.org_id, change.metadata.id), record)
+        for ref, single in parts:
+            if isinstance(single, PutSecret):
+                env.cache.put(ref, SecretRecord(single.metadata, single.token, log.position))
 
     def _set_published(self, lock: int, position: int) -> None:
         if _published_up_to(lock) != position:

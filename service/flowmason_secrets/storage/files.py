@@ -12,7 +12,7 @@ import aiofiles.os
 from ..core.intents import Intent
 from ..core.names import secret_id
 from ..core.ports import Chunk, Verdict
-from ..core.records import ApiKey, Metadata, SecretRecord
+from ..core.records import ApiKey, Inventory, Metadata, SecretRecord
 from .engine import JOURNAL_LIMIT, Engine, Environment
 from .eventlog import ChunkReader, read_line
 from .staging import Journal
@@ -63,6 +63,26 @@ class FilesStore:
         if record is not None and record.damage is None:
             self._env.cache.put((org_id, secret_id(org_id, name)), record)
         return record
+
+    async def load_all(self, org_id: str, names: Sequence[str]) -> list[SecretRecord | None]:
+        """See `Store.load_all`."""
+        as_of = self._engine.position
+        load = aiofiles.os.wrap(self._env.published.secrets)
+        records: list[SecretRecord | None] = await load(
+            org_id, names, as_of, executor=self._readers
+        )
+        return records
+
+    async def org_hashes(self) -> list[str]:
+        """See `Store.org_hashes`."""
+        found: list[str] = await aiofiles.os.wrap(self._env.layout.organisations)(
+            executor=self._readers
+        )
+        return found
+
+    async def inventory(self, org_hash: str) -> Inventory:
+        """See `Store.inventory`."""
+        return await self._read(self._env.published.inventory, org_hash)
 
     async def load_api_key(self, digest: str) -> ApiKey | None:
         """See `Store.load_api_key`."""

@@ -10,12 +10,14 @@ from ..core.names import org_hash, secret_hash
 from ..core.ports import STALE, Chunk, Sources, Verdict
 from ..core.records import (
     ApiKey,
-    Change,
     DropSecret,
+    Inventory,
     Metadata,
     PutApiKey,
     PutSecret,
     SecretRecord,
+    Single,
+    singles,
 )
 from . import wire
 
@@ -49,6 +51,22 @@ class MemoryStore:
         """See `Store.load`."""
         return self.peek(org_id, name)
 
+    async def load_all(self, org_id: str, names: Sequence[str]) -> list[SecretRecord | None]:
+        """See `Store.load_all`."""
+        return [self.peek(org_id, name) for name in names]
+
+    async def org_hashes(self) -> list[str]:
+        """See `Store.org_hashes`."""
+        return self.organisations()
+
+    async def inventory(self, org_hash: str) -> Inventory:
+        """See `Store.inventory`."""
+        found = Inventory({}, [])
+        for key, put in self._secrets.items():
+            if _place(key)[0] == org_hash:
+                found.names.setdefault(put.metadata.key_id, []).append(put.metadata.name)
+        return found
+
     async def load_api_key(self, digest: str) -> ApiKey | None:
         """See `Store.load_api_key`."""
         return self._keys.get(digest)
@@ -70,7 +88,8 @@ class MemoryStore:
             verdicts[index] = Receipt(seq, event.id)
             change = batch[index].change
             if change is not None:
-                self._publish(change)
+                for _, single in singles(change):
+                    self._publish(single)
         return verdicts
 
     async def close(self) -> None:
@@ -107,7 +126,7 @@ class MemoryStore:
         for seq, event in enumerate(events, self.position):
             self._lines.append(wire.encode_line(event, seq, time))
 
-    def _publish(self, change: Change) -> None:
+    def _publish(self, change: Single) -> None:
         match change:
             case PutSecret(org_id, metadata):
                 self._secrets[org_id, metadata.name] = change

@@ -3,11 +3,21 @@
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
 from ..core.names import org_hash, secret_hash
-from ..core.records import ApiKey, Change, DropSecret, Metadata, PutApiKey, PutSecret, SecretRecord
+from ..core.records import (
+    ApiKey,
+    DropSecret,
+    Inventory,
+    Metadata,
+    PutApiKey,
+    PutSecret,
+    SecretRecord,
+    Single,
+)
 from . import wire
 from .durable import PRIVATE_FILE, Durable, LinkedFile
 
@@ -48,12 +58,12 @@ class Layout:
 class Published:
     """Reads the published files, and publishes changes. Publishing again changes nothing."""
 
-    def __init__(self, layout: Layout, durable: Durable, oldest_key: str) -> None:
+    def __init__(self, layout: Layout, durable: Durable, oldest_key: Callable[[], str]) -> None:
         self._layout = layout
         self._durable = durable
         self._oldest_key = oldest_key
 
-    def publish_again(self, change: Change) -> list[str]:
+    def publish_again(self, change: Single) -> list[str]:
         """Like `publish`, but writes nothing where all of it is there: a disk may be full."""
         match change:
             case PutSecret(org_id, metadata, token):
@@ -65,7 +75,7 @@ class Published:
                     return [self._layout.api_key(key.digest)]
         return self.publish(change)
 
-    def publish(self, change: Change) -> list[str]:
+    def publish(self, change: Single) -> list[str]:
         """Make a committed change visible; returns the paths it touched, not yet synced."""
         match change:
             case PutSecret(org_id, metadata, token):
@@ -96,9 +106,9 @@ class Published:
             raw_meta, token = _read(meta), _read(secret)
             if raw_meta is None and token is None:
                 return None
-            metadata, token_sha256 = wire.decode_metadata(raw_meta or b"", self._oldest_key)
+            metadata, token_sha256 = wire.decode_metadata(raw_meta or b"", self._oldest_key())
         except (wire.Malformed, OSError) as error:
-            unreadable = wire.unreadable(org_id, name, self._oldest_key)
+            unreadable = wire.unreadable(org_id, name, self._oldest_key())
             return SecretRecord(unreadable, b"", as_of, str(error))
         if not token:
             return SecretRecord(metadata, b"", as_of, "the encrypted value is missing or empty")
@@ -118,11 +128,29 @@ class Published:
             if raw is None:
                 return None
             try:
-                return wire.decode_metadata(raw, self._oldest_key)[0]
+                return wire.decode_metadata(raw, self._oldest_key())[0]
             except wire.Malformed as error:
                 problem = error
         _log.warning("left out of the listing: %s: %s", path, problem)
         return None
+
+    def secrets(self, org_id: str, names: Sequence[str], as_of: int) -> list[SecretRecord | None]:
+        """Like `secret`, one for each name."""
+        return [self.secret(org_id, name, as_of) for name in names]
+
+    def inventory(self, org: str) -> Inventory:
+        """See `Store.inventory`."""
+        files = set(os.listdir(f"{self._layout.root_path}/{org}"))
+        stems = {name.rpartition(".")[0] for name in files if name.endswith((".secret", ".meta"))}
+        found = Inventory({}, [])
+        for stem in sorted(stems):
+            metadata = self.metadata(org, stem)
+            whole = {f"{stem}.secret", f"{stem}.meta"} <= files
+            if metadata is None or not whole or secret_hash(metadata.name) != stem:
+                found.damaged.append(stem)
+            else:
+                found.names.setdefault(metadata.key_id, []).append(metadata.name)
+        return found
 
     def api_key(self, digest: str) -> ApiKey | None:
         """The API key with this SHA-256; None without one, or for a damaged file (logged)."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from ..core.records import Change
+from ..core.records import Change, Ref, Single, singles
 from . import wire
 from .durable import PRIVATE_FILE, Durable
 
@@ -70,9 +70,9 @@ class Leftovers:
     def __bool__(self) -> bool:
         return bool(self._journals)
 
-    def changes(self) -> dict[str, Change]:
-        """The staged changes by the id of their event; what a torn write left is not one."""
-        found: dict[str, Change] = {}
+    def changes(self) -> dict[tuple[Ref, str], Single]:
+        """The staged changes by resource and id of their event; what a torn write left is none."""
+        found: dict[tuple[Ref, str], Single] = {}
         for path in self._journals:
             for line in _lines(path):
                 try:
@@ -80,7 +80,7 @@ class Leftovers:
                 except wire.Malformed:
                     _log.info("a torn staged change in %s was never committed", path.name)
                     break
-                found[event_id] = change
+                found.update({(ref, event_id): single for ref, single in singles(change)})
         return found
 
     def remove(self) -> None:

@@ -9,8 +9,8 @@ import orjson
 
 from ..core import times
 from ..core.events import MAX_LINE, MAX_USER_AGENT, Event, Line
-from ..core.names import org_hash, secret_hash, secret_id
-from ..core.records import ApiKey, Change, DropSecret, Metadata, PutApiKey, PutSecret
+from ..core.names import secret_id
+from ..core.records import ApiKey, Change, DropSecret, Metadata, PutApiKey, PutSecret, Rekey
 
 
 class Malformed(ValueError):
@@ -214,17 +214,28 @@ def encode_staged(event_id: str, change: Change) -> bytes:
     """One line of a staging file. # format §6"""
     record: dict[str, Any] = {"event": event_id}
     match change:
-        case PutSecret(org_id, metadata, token):
-            record["put_secret"] = {
-                "org_id": org_id,
-                "metadata": _metadata_fields(metadata, token),
-                "token": token.decode("ascii"),
-            }
+        case PutSecret():
+            record["put_secret"] = _put_fields(change)
         case DropSecret(org_id, name):
             record["drop_secret"] = {"org_id": org_id, "name": name}
         case PutApiKey(key):
             record["put_api_key"] = _api_key_fields(key)
+        case Rekey(secrets):
+            record["rekey"] = [_put_fields(secret) for secret in secrets]
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _put_fields(put: PutSecret) -> dict[str, Any]:
+    return {
+        "org_id": put.org_id,
+        "metadata": _metadata_fields(put.metadata, put.token),
+        "token": put.token.decode("ascii"),
+    }
+
+
+def _put(fields: dict[str, Any]) -> PutSecret:
+    metadata, _ = decode_metadata(orjson.dumps(fields["metadata"]), "")
+    return PutSecret(fields["org_id"], metadata, fields["token"].encode("ascii"))
 
 
 def decode_staged(line: bytes) -> tuple[str, Change]:
@@ -235,19 +246,14 @@ def decode_staged(line: bytes) -> tuple[str, Change]:
         record: dict[str, Any] = orjson.loads(line)
         event_id = record["event"]
         if (put := record.get("put_secret")) is not None:
-            metadata, _ = decode_metadata(orjson.dumps(put["metadata"]), "")
-            return event_id, PutSecret(put["org_id"], metadata, put["token"].encode("ascii"))
+            return event_id, _put(put)
+        if (secrets := record.get("rekey")) is not None:
+            return event_id, Rekey(tuple(map(_put, secrets)))
         if (drop := record.get("drop_secret")) is not None:
             return event_id, DropSecret(drop["org_id"], drop["name"])
         return event_id, PutApiKey(decode_api_key(orjson.dumps(record["put_api_key"])))
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise Malformed(f"unreadable staged change: {type(error).__name__}") from None
-
-
-def files_of(change: PutSecret | DropSecret) -> tuple[str, str]:
-    """The organisation's directory and the stem of the secret's files. # format §2.1"""
-    name = change.metadata.name if isinstance(change, PutSecret) else change.name
-    return org_hash(change.org_id), secret_hash(name)
 
 
 def unreadable(org_id: str, name: str, oldest_key: str) -> Metadata:

@@ -1,0 +1,218 @@
+"""The use cases of master keys: change the one that encrypts, and put every secret under it.
+
+What is left to do is in the metadata of the secrets, nowhere else: a rotation may end anywhere,
+and the next one goes on.
+"""
+
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
+
+from .attempts import Attempt, Path
+from .core.access import Caller
+from .core.errors import ConfigurationError, Denied
+from .core.events import KEY_ROTATE, Detail, Event
+from .core.intents import Intent
+from .core.keyring import KeyNotHeld, NotAuthentic
+from .core.names import org_hash, secret_id
+from .core.ports import Index, Store
+from .core.records import PutSecret, Rekey, SecretRecord
+from .gate import Gate
+from .masterkeys import MasterKeys
+
+# Secrets whose files are written while the commit lock is held: a read waits for as many.
+BATCH = 64
+
+_BEGIN, _BATCH, _RETIRE = "begin", "batch", "retire"
+
+
+class Progress(NamedTuple):
+    """What a batch did: how many secrets it re-encrypted, and the names of those it can't."""
+
+    done: int
+    failed: list[str]
+
+
+class Left(NamedTuple):
+    """What is not under the active key: how many secrets of each organisation that has any.
+
+    `nameless` are directories of organisations that no event names, `damaged` files that are no
+    secret; nobody can re-encrypt these.
+    """
+
+    secrets: dict[str, int]
+    nameless: list[str]
+    damaged: list[str]
+
+    @property
+    def total(self) -> int:
+        """All secrets that can be re-encrypted."""
+        return sum(self.secrets.values())
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the active key is enough for everything that is stored."""
+        return not (self.secrets or self.nameless or self.damaged)
+
+
+class Rotation:
+    """Re-encrypts secrets online. For local callers: whoever has the files and the keys."""
+
+    def __init__(
+        self,
+        ports: tuple[Store, Index],
+        gate: Gate,
+        path: Path,
+        master: MasterKeys,
+        new_id: Callable[[], str],
+    ) -> None:
+        self._store, self._index = ports
+        self._gate = gate
+        self._path = path
+        self._master = master
+        self._new_id = new_id
+
+    async def use(self, caller: Caller, material: str) -> str:
+        """Make a master key the one that encrypts; returns its id. When this returns, no process
+        that has the same key file writes under another key any more.
+
+        Raises:
+            Denied: an API key can't do this.
+            ConfigurationError, OSError: the key file can't be read or written.
+            LogUnavailable: the key is the first one, but not everybody may know.
+        """
+        if caller.principal.digest is not None:
+            raise Denied("Master keys are changed on the machine itself, not with an API key.")
+        key_id = await self._master.use(material)
+        await self._tell(caller, {"kind": _BEGIN, "to": key_id})
+        return key_id
+
+    async def reencrypt(self, caller: Caller) -> AsyncIterator[Progress]:
+        """Put all secrets of the caller's organisation under the active key, batch by batch.
+        Versions, times and entity tags stay as they are.
+
+        Raises:
+            LogUnavailable: it goes on from there if it is called again.
+        """
+        inventory = await self._store.inventory(org_hash(caller.principal.org_id))
+        active = self._master.keyring.active
+        old = (names for key_id, names in inventory.names.items() if key_id != active)
+        names = (name for group in old for name in group)
+        while batch := list(islice(names, BATCH)):
+            yield await self._reencrypt(caller, batch)
+
+    async def left(self, known: Collection[str]) -> Left:
+        """What is not under the active key. `known` are organisations besides those in the log.
+
+        Raises:
+            IndexUnavailable: the organisations can't be looked up.
+        """
+        await self._gate.is_current(Intent(None, ()))
+        ids = {*known, *await self._index.organisations(self._store.position)}
+        by_hash = {org_hash(org_id): org_id for org_id in ids if org_id}
+        left = Left({}, [], [])
+        active = self._master.keyring.active
+        for directory in await self._store.org_hashes():
+            names, damaged = await self._store.inventory(directory)
+            count = sum(len(group) for key_id, group in names.items() if key_id != active)
+            left.damaged.extend(f"{directory}/{stem}" for stem in damaged)
+            if count and directory in by_hash:
+                left.secrets[by_hash[directory]] = count
+            elif count:
+                left.nameless.append(directory)
+        return left
+
+    async def retire(self, caller: Caller, known: Collection[str]) -> list[str]:
+        """Remove all master keys but the active one; returns their ids.
+
+        Raises:
+            ConfigurationError: something is still under them; nothing was changed.
+            OSError: the key file can't be written.
+        """
+        # What begins after this is under the active key: everybody has to look again.
+        active = self._master.keyring.active
+        await self._tell(caller, {"kind": _BEGIN, "to": active})
+        left = await self.left(known)
+        if not left.nothing:
+            raise ConfigurationError(
+                f"{left.total} secrets, {len(left.nameless)} organisations without a name and "
+                f"{len(left.damaged)} damaged files are not under the key {active}; the old keys "
+                "stay."
+            )
+        old = [key_id for key_id in self._master.keyring.held if key_id != active]
+        if old:
+            await self._master.drop(old)
+            await self._tell(caller, {"kind": _RETIRE, "to": active, "from": old})
+        return old
+
+    async def _tell(self, caller: Caller, details: dict[str, Detail]) -> None:
+        """An event that makes outdated, in every process, what was encrypted before it."""
+        principal = caller.principal
+        event = Event(
+            id=self._new_id(),
+            action=KEY_ROTATE,
+            outcome="success",
+            org_id=None,
+            resource_type="master_key",
+            resource_id=str(details["to"]),
+            actor=principal.actor,
+            actor_type=principal.actor_type,
+            status=200,
+            details=details,
+        )
+        await self._gate.submit(Intent(event, ()))
+
+    async def _reencrypt(self, caller: Caller, names: list[str]) -> Progress:
+        async def step(attempt: Attempt) -> Progress:
+            org_id = attempt.caller.principal.org_id
+            attempt.depends += (self._master.depends,)
+            as_of = self._store.position
+            puts: list[PutSecret] = []
+            failed: list[str] = []
+            origins: set[str] = set()
+            records = await self._store.load_all(org_id, names)
+            for name, record in zip(names, records, strict=True):
+                attempt.depends += (((org_id, secret_id(org_id, name)), as_of),)
+                if record is None or record.metadata.key_id == self._master.keyring.active:
+                    continue
+                put = await self._put(org_id, record)
+                if put is None:
+                    failed.append(name)
+                else:
+                    puts.append(put)
+                    origins.add(record.metadata.key_id)
+            self._describe(attempt, puts, origins, len(failed))
+            return Progress(len(puts), failed)
+
+        progress, _ = await self._path.perform(caller, KEY_ROTATE, None, step)
+        return progress
+
+    async def _put(self, org_id: str, record: SecretRecord) -> PutSecret | None:
+        """The same secret under the active key; None if it can't be decrypted."""
+        metadata = record.metadata
+        if record.damage is not None:
+            return None
+        await self._master.prepare(org_id, metadata.key_id)
+        try:
+            value = self._master.keyring.decrypt(org_id, metadata.key_id, record.token)
+        except (KeyNotHeld, NotAuthentic):
+            return None
+        key_id, token = await self._master.encrypt(org_id, value)
+        return PutSecret(org_id, replace(metadata, key_id=key_id), token)
+
+    def _describe(
+        self, attempt: Attempt, puts: list[PutSecret], origins: set[str], failed: int
+    ) -> None:
+        # format §5.4
+        active = self._master.keyring.active
+        attempt.resource = ("master_key", active, None)
+        attempt.change = Rekey(tuple(puts)) if puts else None
+        attempt.details = {
+            "kind": _BATCH,
+            "count": len(puts),
+            "failed": failed,
+            "from": sorted(origins),
+            "to": active,
+            "secrets": [secret_id(put.org_id, put.metadata.name) for put in puts],
+        }
