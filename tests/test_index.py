@@ -4,7 +4,8 @@ import asyncio
 import logging
 import random
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class FakeLog:
         actor: str | None = "key_1",
         time: float | None = None,
         resource_id: str | None = None,
+        details: dict[str, object] | None = None,
     ) -> None:
         seq = len(self.lines)
         full = None if org is None or name is None else secret_id(org, name)
@@ -73,7 +75,7 @@ class FakeLog:
             "user_agent": None,
             "request_id": None,
             "status": 200,
-            "details": {},
+            "details": details or {},
         }
         self.lines.append(orjson.dumps(line))
 
@@ -94,6 +96,15 @@ class FakeLog:
     def drop(self, name: str, org: str = "acme") -> None:
         self.secrets.pop((org_hash(org), secret_hash(name)), None)
         self.append("secret.delete", org=org, name=name)
+
+    def rotate(self, key_id: str, names: Sequence[str], org: str = "acme") -> None:
+        """A batch of re-encryption."""
+        for name in names:
+            place = org_hash(org), secret_hash(name)
+            self.secrets[place] = replace(self.secrets[place], key_id=key_id)
+        ids = [secret_id(org, name) for name in names]
+        details = {"kind": "batch", "count": len(ids), "from": ["k"], "to": key_id, "secrets": ids}
+        self.append("key.rotate", org=org, name=None, resource_id=key_id, details=details)
 
     def decoded(self) -> list[Line]:
         return [orjson.loads(line) for line in self.lines]
@@ -226,6 +237,7 @@ async def check(log: FakeLog, index: Index) -> None:
     for org in ORGS:
         for listed in (ListQuery(org, NOW), ListQuery(org, NOW, category="token", limit=2)):
             assert await index.listing(listed, end) == scan_secrets(log, listed)
+    await check_counts(log, index)
 
 
 def optional(values: tuple[str, ...]) -> st.SearchStrategy[str | None]:
@@ -399,6 +411,45 @@ async def test_it_goes_on_where_it_was(path: Path) -> None:
         with sqlite3.connect(path) as database:
             assert database.execute("select position from state").fetchone() == (log.position(),)
         log.put("more")
+
+
+async def check_counts(log: FakeLog, index: Index) -> None:
+    counts = Counter(metadata.key_id for metadata in log.secrets.values())
+    assert await index.key_counts(log.position()) == counts
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(0, 1000), max_size=12))
+@quick
+def test_secrets_are_counted_per_master_key(seed: int, steps: list[int]) -> None:
+    log = mixed(seed, 40)
+
+    async def run() -> None:
+        index = make(log)
+        for step in steps:
+            org = ORGS[step % 2]
+            held = [m.name for (o, _), m in log.secrets.items() if o == org_hash(org)]
+            if step % 3:
+                log.rotate(f"key{step % 5}", held[step % 7 :][:3], org)
+            else:
+                (log.drop if step % 4 else log.put)(NAMES[step % len(NAMES)], org)
+            if step % 5:
+                await check_counts(log, index)
+        await check_counts(log, index)
+        await index.close()
+
+    asyncio.run(run())
+
+
+async def test_a_rotated_secret_of_an_id_of_its_own_is_counted(path: Path) -> None:
+    log = FakeLog()
+    log.store("odd", id="another")
+    log.put("usual")
+    index = make(log, path)
+    await check_counts(log, index)
+    log.append("key.rotate", name=None, resource_id="n", details={"kind": "begin"})
+    log.rotate("n", ["odd"])
+    await check_counts(log, index)
+    await index.close()
 
 
 def delete(path: Path) -> None:

@@ -156,6 +156,11 @@ class Index(Protocol):
     async def organisations(self, position: int) -> list[str]:
         """The ids of all organisations among the first `position` events."""
 
+    async def key_counts(self, position: int) -> dict[str, int]:
+        """How many secrets are under each master key, by key id, over all organisations, as it was
+        after `position` events or later. Secrets whose metadata can't be read are not counted.
+        """
+
     def start(self) -> None:
         """Follow the log in the background."""
 

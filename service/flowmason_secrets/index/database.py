@@ -16,7 +16,7 @@ from .. import forking
 _LOG = logging.getLogger(__name__)
 
 MEMORY = ":memory:"
-VERSION = 1
+VERSION = 2
 
 _SCHEMA = """
 create table state (
@@ -40,11 +40,13 @@ create table block (
 );
 create table secret (
     org text not null, stem text not null, id text not null, name blob not null,
-    category text not null, expiry real, data blob not null, crc integer not null
+    category text not null, expiry real, key_id text not null, data blob not null,
+    crc integer not null
 );
 create unique index secret_stem on secret (org, stem);
 create index secret_name on secret (org, name);
 create index secret_id on secret (org, id);
+create index secret_key on secret (key_id);
 create table todo (org text not null, stem text not null, primary key (org, stem)) without rowid;
 """
 

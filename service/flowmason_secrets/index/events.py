@@ -8,7 +8,7 @@ from typing import NamedTuple
 import orjson
 
 from ..core.errors import LogDamaged
-from ..core.events import Line, is_change
+from ..core.events import KEY_ROTATE, Line, is_change
 from ..core.ports import Chunk, Tail
 from .database import Damaged, transaction
 from .listing import Changed, note
@@ -144,8 +144,7 @@ def _extend(
     if last is None:
         raise LogDamaged(f"The log ends before event {known.position}, which was acknowledged.")
     connection.executemany("insert into event values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-    for change in changed:
-        note(connection, tail, change)
+    note(connection, tail, changed)
     first, position = rows[0][0], rows[-1][0] + 1
     # A log whose beginning was archived has no events in the blocks before.
     sealed = known.sealed if known.position else first - first % known.block
@@ -225,7 +224,7 @@ def _read(
                 actor = terms.code(ACTOR, 0, text)
             rows.append((seq, segment, offset, micros, org, type_, action, success, name, actor))
             if changes and seq >= filled:
-                changed.add((line["org_id"] or "", line["resource_id"], line["name"]))
+                changed.update(_changes(line))
             seq += 1
             offset += len(raw) + 1
     return line
@@ -238,9 +237,17 @@ def _kind(terms: Terms, line: Line) -> _Kind:
         terms.code(TYPE, 0, line["resource_type"]),
         terms.code(ACTION, 0, line["action"]),
         terms.code(SUCCESS, 0, str(line["outcome"] == "success")),
-        line["resource_type"] == "secret" and is_change(line),
+        line["action"] == KEY_ROTATE or (line["resource_type"] == "secret" and is_change(line)),
         terms.known(NAME, org),
     )
+
+
+def _changes(line: Line) -> list[Changed]:
+    org_id = line["org_id"] or ""
+    if line["action"] == KEY_ROTATE:
+        secrets = line["details"].get("secrets")
+        return [(org_id, secret, None) for secret in secrets] if isinstance(secrets, list) else []
+    return [(org_id, line["resource_id"], line["name"])]
 
 
 def _decode(raw: bytes, seq: int) -> Line:

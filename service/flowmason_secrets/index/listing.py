@@ -17,7 +17,7 @@ from ..core.records import Metadata
 from .database import Damaged, transaction
 from .terms import matcher
 
-# The organisation, the resource's id and its name, as the event has them.
+# The organisation, the secret's id and its name if it is known, as the event has them.
 Changed = tuple[str, str | None, str | None]
 
 # Above every name: UTF-8 never has this byte.
@@ -31,21 +31,29 @@ def fill(connection: sqlite3.Connection, tail: Tail, position: int) -> None:
         _mark(connection, org, tail.stems(org))
 
 
-def note(connection: sqlite3.Connection, tail: Tail, changed: Changed) -> None:
-    """Mark a secret for loading after an event that changed it."""
-    org_id, secret_id, name = changed
-    org = org_hash(org_id)
-    known = connection.execute(
-        "select stem from secret where org = ? and id = ?", (org, secret_id)
-    ).fetchall()
-    _mark(connection, org, [stem for (stem,) in known])
-    if name is None:
-        return
-    stem = secret_hash(name)
-    _mark(connection, org, [stem])
-    # The event holds a cut name if it was longer: then its hash leads nowhere.
-    if len(name) == MAX_EVENT_NAME and not known and tail.metadata(org, stem) is None:
+def note(connection: sqlite3.Connection, tail: Tail, changed: set[Changed]) -> None:
+    """Mark secrets for loading after events that changed them."""
+    whole: set[str] = set()
+    for org_id, secret_id, name in changed:
+        org = org_hash(org_id)
+        known = connection.execute(
+            "select stem from secret where org = ? and id = ?", (org, secret_id)
+        ).fetchall()
+        _mark(connection, org, [stem for (stem,) in known])
+        if name is not None:
+            _mark(connection, org, [secret_hash(name)])
+        if not known and not _leads_to_file(tail, org, name):
+            whole.add(org)
+    for org in whole:
         _mark(connection, org, tail.stems(org))
+
+
+def _leads_to_file(tail: Tail, org: str, name: str | None) -> bool:
+    """Whether the file of a secret follows from its name as an event has it."""
+    if name is None:
+        return False
+    # The event holds a cut name if it was longer: then its hash leads nowhere.
+    return len(name) < MAX_EVENT_NAME or tail.metadata(org, secret_hash(name)) is not None
 
 
 def _mark(connection: sqlite3.Connection, org: str, stems: list[str]) -> None:
@@ -78,15 +86,17 @@ def _store(connection: sqlite3.Connection, place: tuple[str, str], metadata: Met
     name, data = metadata.name.encode(), orjson.dumps(metadata)
     # As SQLite will hand it back: the checksum covers its text.
     expiry = None if metadata.expiry is None else float(metadata.expiry)
-    row = (name, metadata.category, expiry, data)
+    row = (name, metadata.category, expiry, metadata.key_id, data)
     connection.execute(
-        "insert into secret values (?, ?, ?, ?, ?, ?, ?, ?)",
+        "insert into secret values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (*place, metadata.id, *row, _check(place[0], *row)),
     )
 
 
-def _check(org: str, name: bytes, category: str, expiry: float | None, data: bytes) -> int:
-    return zlib.crc32(data, zlib.crc32(repr((org, name, category, expiry)).encode()))
+def _check(
+    org: str, name: bytes, category: str, expiry: float | None, key_id: str, data: bytes
+) -> int:
+    return zlib.crc32(data, zlib.crc32(repr((org, name, category, expiry, key_id)).encode()))
 
 
 def page(
@@ -103,14 +113,14 @@ def page(
         # The very next string of bytes.
         low = max(low, query.after.encode("utf-8", "surrogatepass") + b"\0")
     rows = connection.execute(
-        "select name, category, expiry, data, crc from secret"
+        "select name, category, expiry, key_id, data, crc from secret"
         " where org = ? and name >= ? and name < ? order by name limit ?",
         (org, low, high, most),
     )
     found: list[Metadata] = []
     seen, last = 0, query.after
-    for name, category, expiry, data, crc in rows:
-        if type(data) is not bytes or _check(org, name, category, expiry, data) != crc:
+    for name, category, expiry, key_id, data, crc in rows:
+        if type(data) is not bytes or _check(org, name, category, expiry, key_id, data) != crc:
             raise Damaged("a secret does not match its checksum")
         seen, last = seen + 1, name.decode()
         if wanted(last, category, expiry):
@@ -141,3 +151,9 @@ def _filter(query: ListQuery) -> Callable[[str, str, float | None], bool]:
         )
 
     return wanted
+
+
+def key_counts(connection: sqlite3.Connection) -> dict[str, int]:
+    """How many of the loaded secrets are under each master key."""
+    rows = connection.execute("select key_id, count(*) from secret group by key_id")
+    return dict(rows.fetchall())

@@ -128,6 +128,26 @@ class SqliteIndex:
 
         return await self._hop(found)
 
+    async def key_counts(self, position: int) -> dict[str, int]:
+        """How many secrets are under each master key, by key id, over all organisations, as it was
+        after `position` events or later.
+
+        Raises:
+            LogDamaged: the log does not hold `position` events.
+            IndexUnavailable: the database can't be written.
+        """
+
+        def count(opened: _Open) -> dict[str, int] | None:
+            self._catch_up(opened, position)
+            if listing.load(opened.connection, self._tail, None, _SECRETS):
+                return None
+            return listing.key_counts(opened.connection)
+
+        # After a rebuild there is much to load: others get their turn meanwhile.
+        while (counts := await self._hop(count)) is None:
+            pass
+        return counts
+
     def start(self) -> None:
         """Follow the log in the background."""
         if self._follower is None:
