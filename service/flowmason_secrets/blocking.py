@@ -171,6 +171,10 @@ class SecretsService:
         """Delete a secret; a missing one raises."""
         return self._run(lambda twin: twin.delete(name, actor))
 
+    def rotate_key(self, new_master_key: str, actor: str | None = None) -> int:
+        """Put all secrets under another master key; returns how many were re-encrypted."""
+        return self._run(lambda twin: twin.rotate_key(new_master_key, actor))
+
     def close(self) -> None:
         """Release the data directory, unless others of this process use it; the next call opens
         it again.

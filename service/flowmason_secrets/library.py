@@ -1,6 +1,7 @@
 """`AsyncSecretsService`: the library for asynchronous callers."""
 
 import asyncio
+import logging
 import time
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,16 @@ from .service import Service
 
 D = TypeVar("D")
 
+_log = logging.getLogger(__name__)
+
 _EVERYTHING = 1 << 62
+
+_TELL_OTHERS = (
+    f"Only this process knows the new master key. Set {config.PREFIX}KEY to it wherever these "
+    f"secrets are used, and {config.PREFIX}OLD_KEYS to the old one until all of them are under the "
+    "new one. "
+    f"With {config.PREFIX}KEY_FILE there is nothing to change."
+)
 
 
 class Missing:
@@ -132,6 +142,28 @@ class AsyncSecretsService:
         """
         await (await self._open()).delete(self._caller(actor), name)
         return True
+
+    async def rotate_key(self, new_master_key: str, actor: str | None = None) -> int:
+        """Make a master key the one that encrypts, and put all secrets of the organisation under
+        it; returns how many were re-encrypted. Versions and times stay as they are.
+
+        In a key file it is the first key from now on, for every process that has this file. If the
+        key came from the environment or from `master_key`, only this process knows the new one,
+        and a warning tells what to change.
+
+        Raises:
+            ConfigurationError: not a master key, or the key file can't be read.
+            OSError: the key file can't be written; nothing was changed.
+            RotationIncomplete: some can't be decrypted; all others are under the new key.
+            LogUnavailable: some are not under the new key yet: call it again.
+        """
+        material = config.check_key(new_master_key, "The new master key")
+        rotation = (await self._open()).rotation
+        caller = self._caller(actor)
+        if not rotation.shared:
+            _log.warning(_TELL_OTHERS)
+        await rotation.use(caller, material)
+        return await rotation.finish(caller)
 
     async def close(self) -> None:
         """Release the data directory; the next operation opens it again."""

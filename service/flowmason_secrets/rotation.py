@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .attempts import Attempt, Path
 from .core.access import Caller
-from .core.errors import ConfigurationError, Denied
+from .core.errors import ConfigurationError, Denied, RotationIncomplete
 from .core.events import KEY_ROTATE, Detail, Event
 from .core.intents import Intent
 from .core.keyring import KeyNotHeld, NotAuthentic
@@ -73,6 +73,16 @@ class Rotation:
         self._master = master
         self._new_id = new_id
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes see the key that `use` makes the first one."""
+        return self._master.shared
+
+    @property
+    def active(self) -> str:
+        """The id of the key that encrypts."""
+        return self._master.keyring.active
+
     async def use(self, caller: Caller, material: str) -> str:
         """Make a master key the one that encrypts; returns its id. When this returns, no process
         that has the same key file writes under another key any more.
@@ -85,8 +95,16 @@ class Rotation:
         if caller.principal.digest is not None:
             raise Denied("Master keys are changed on the machine itself, not with an API key.")
         key_id = await self._master.use(material)
-        await self._tell(caller, {"kind": _BEGIN, "to": key_id})
+        await self.announce(caller)
         return key_id
+
+    async def announce(self, caller: Caller) -> None:
+        """Make every process with the same key file look at it before it encrypts anything more.
+
+        Raises:
+            LogUnavailable: not everybody may know.
+        """
+        await self._tell(caller, {"kind": _BEGIN, "to": self._master.keyring.active})
 
     async def reencrypt(self, caller: Caller) -> AsyncIterator[Progress]:
         """Put all secrets of the caller's organisation under the active key, batch by batch.
@@ -101,6 +119,21 @@ class Rotation:
         names = (name for group in old for name in group)
         while batch := list(islice(names, BATCH)):
             yield await self._reencrypt(caller, batch)
+
+    async def finish(self, caller: Caller) -> int:
+        """`reencrypt` to its end; returns how many secrets it re-encrypted.
+
+        Raises:
+            RotationIncomplete: some can't be decrypted; all others are under the active key.
+            LogUnavailable: it goes on from there if it is called again.
+        """
+        done, failed = 0, list[str]()
+        async for progress in self.reencrypt(caller):
+            done += progress.done
+            failed += progress.failed
+        if failed:
+            raise RotationIncomplete(failed, done)
+        return done
 
     async def left(self, known: Collection[str]) -> Left:
         """What is not under the active key. `known` are organisations besides those in the log.
@@ -130,9 +163,8 @@ class Rotation:
             ConfigurationError: something is still under them; nothing was changed.
             OSError: the key file can't be written.
         """
-        # What begins after this is under the active key: everybody has to look again.
+        await self.announce(caller)
         active = self._master.keyring.active
-        await self._tell(caller, {"kind": _BEGIN, "to": active})
         left = await self.left(known)
         if not left.nothing:
             raise ConfigurationError(

@@ -13,7 +13,7 @@ from .core.drafts import Draft, Precondition, Revealed, Written
 from .core.errors import SecretsError
 from .core.events import Event, Line, Receipt
 from .core.intents import Intent
-from .core.keyring import KeyNotHeld, NotAuthentic, Plaintext
+from .core.keyring import KeyNotHeld, KeyUsage, NotAuthentic, Plaintext
 from .core.ports import AuditQuery, Index, ListQuery, Sources, Store
 from .core.records import (
     DropSecret,
@@ -229,6 +229,20 @@ class Service:
         except SecretsError as error:
             return str(error)
         return None
+
+    async def key_usage(self) -> list[KeyUsage]:
+        """How many secrets are under each master key, the ones that are held first.
+
+        Raises:
+            LogUnavailable, IndexUnavailable: it can't be found out now.
+        """
+        await self.gate.is_current(Intent(None, ()))
+        counts = await self._index.key_counts(self._store.position)
+        keyring = self._master.keyring
+        return [
+            KeyUsage(key_id, counts.get(key_id, 0), keyring.state(key_id))
+            for key_id in dict.fromkeys((*keyring.held, *sorted(counts)))
+        ]
 
     async def close(self) -> None:
         """Finish what is under way and release everything."""

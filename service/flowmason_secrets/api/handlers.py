@@ -1,7 +1,9 @@
 """One handler per route: from the request to the use case and back."""
 
+import asyncio
 import base64
 import binascii
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +14,7 @@ import orjson
 
 from ..core import names, times
 from ..core.drafts import Draft, KeyDraft
-from ..core.errors import InvalidInput
+from ..core.errors import IndexUnavailable, InvalidInput
 from ..core.events import Receipt
 from ..core.keyring import Plaintext
 from ..core.ports import AuditQuery, ListQuery
@@ -22,6 +24,8 @@ from .answers import Answer, json_answer
 from .requests import Call
 
 PAGE = 1000
+# How long a readiness check waits for what only the index knows.
+_INDEX_SECONDS = 1.0
 # "All of them" of a listing.
 _UNLIMITED = 1 << 62
 
@@ -172,11 +176,16 @@ async def healthz(service: Service, call: Call) -> Answer:
 
 
 async def readyz(service: Service, call: Call) -> Answer:
-    """Values can be served; if not, why."""
+    """Values can be served; if not, why. And how many secrets are under each master key."""
     reason = await service.ready()
-    if reason is None:
-        return json_answer(shapes.Health("ready"))
-    return json_answer(shapes.Health("unavailable", reason), 503, {"Retry-After": "1"})
+    if reason is not None:
+        return json_answer(shapes.Health("unavailable", reason), 503, {"Retry-After": "1"})
+    keys = None
+    # Values can be read without the index, and it may take a minute to be built.
+    with contextlib.suppress(TimeoutError, IndexUnavailable):
+        async with asyncio.timeout(_INDEX_SECONDS):
+            keys = shapes.key_counts(await service.key_usage())
+    return json_answer(shapes.Health("ready", keys=keys))
 
 
 def _time(query: dict[str, str], name: str) -> float | None:

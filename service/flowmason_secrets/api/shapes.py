@@ -1,11 +1,13 @@
 """What goes over the wire, as types: validation and OpenAPI both come from them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from ..core.events import Detail, Line
+from ..core.keyring import KeyState, KeyUsage
 from ..core.names import MAX_DESCRIPTION, MAX_LABEL, MAX_NAME
 from ..core.records import ApiKey
 
@@ -112,11 +114,25 @@ class Message(msgspec.Struct, frozen=True):
     message: str
 
 
+class KeyCount(msgspec.Struct, frozen=True):
+    """How many secrets are under a master key: the `active` one encrypts, others that are `held`
+    only decrypt, and what is under a `missing` one can't be read.
+    """
+
+    key_id: str
+    secrets: int
+    state: KeyState
+
+
 class Health(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Whether the service is alive, or ready, and if not, why."""
+    """Whether the service is alive, or ready, and if not, why.
+
+    `keys` is not there while the index is being built.
+    """
 
     status: str
     reason: str | None = None
+    keys: list[KeyCount] | None = None
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -160,6 +176,11 @@ def audit_out(line: Line) -> AuditEntry:
         error_message=None if success else str(line["details"].get("error", line["outcome"])),
         ip_address=line["client_ip"],
     )
+
+
+def key_counts(usage: Sequence[KeyUsage]) -> list[KeyCount]:
+    """The wire form of what is under which master key."""
+    return [KeyCount(*one) for one in usage]
 
 
 def api_key_out(key: ApiKey, now: float) -> ApiKeyOut:

@@ -13,8 +13,10 @@ from ..core.errors import ConfigurationError, InvalidInput, SecretsError
 from . import output
 from .audit import audit
 from .keys import keys
+from .rotate import rotate_key
 from .secret import delete_secret, get_secret, list_secrets, metadata, set_secret
 from .serve import serve
+from .status import status
 
 PROGRAM = "flowmason-secrets"
 
@@ -33,7 +35,8 @@ def cli(verbose: int) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 
-for command in (set_secret, get_secret, list_secrets, delete_secret, metadata, audit, keys, serve):
+_SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
+for command in (*_SECRETS, audit, keys, rotate_key, serve, status):
     cli.add_command(command)
 
 

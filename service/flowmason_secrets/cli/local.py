@@ -79,6 +79,12 @@ class LocalTarget:
         now = time.time()
         return [shapes.api_key_out(key, now) for key in await self._service.keys.all(self._caller)]
 
+    async def status(self) -> shapes.Health:
+        reason = await self._service.ready()
+        if reason is not None:
+            return shapes.Health("unavailable", reason)
+        return shapes.Health("ready", keys=shapes.key_counts(await self._service.key_usage()))
+
     async def revoke_key(self, key_id: str) -> shapes.Message:
         await self._service.keys.revoke(self._caller, key_id)
         return shapes.Message(f"API key '{key_id}' revoked")

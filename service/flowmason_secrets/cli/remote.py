@@ -160,6 +160,10 @@ class RemoteTarget:
         answer = await self._send("GET", "/api/v1/auth/api-keys")
         return self._decode(answer, list[shapes.ApiKeyOut])
 
+    async def status(self) -> shapes.Health:
+        answer = await self._send("GET", "/readyz", expected=(200, 503))
+        return self._decode(answer, shapes.Health)
+
     async def revoke_key(self, key_id: str) -> shapes.Message:
         answer = await self._send("DELETE", f"/api/v1/auth/api-keys/{quote(key_id, safe='')}")
         return self._decode(answer, shapes.Message)
@@ -172,6 +176,7 @@ class RemoteTarget:
         query: dict[str, str] | None = None,
         body: object = None,
         headers: dict[str, str] | None = None,
+        expected: tuple[int, ...] = (200, 201),
     ) -> _Answer:
         """Raises:
         InvalidInput, ClickException: the server refused, or there is none.
@@ -202,7 +207,7 @@ class RemoteTarget:
             raise self._failure(f"did not answer within {_SECONDS} seconds") from None
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(f"can't be reached: {error}") from None
-        if not 200 <= answer.status < 300:
+        if answer.status not in expected:
             raise self._refusal(answer)
         return answer
 

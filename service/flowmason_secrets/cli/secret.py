@@ -61,7 +61,7 @@ def set_secret(
         )
     precondition = _precondition(if_match, if_none_match)
     names.check_new_name(name)
-    draft = Draft(name, Plaintext(_read_value()), description, category, expires_at)
+    draft = Draft(name, Plaintext(read_hidden("Value")), description, category, expires_at)
     stored = perform(place, lambda target: target.set(draft, precondition))
     done = "Created" if stored.created else "Updated"
     output.note(f"{done} '{name}': version {stored.metadata.version}, ETag {_bare(stored.etag)}.")
@@ -158,15 +158,18 @@ def metadata(place: Place, name: str, as_json: bool) -> None:
     output.table(("", ""), rows)
 
 
-def _read_value() -> str:
-    """Raises:
-    UsageError: nothing can be read.
-    InvalidInput: not text in UTF-8, or too long.
+def read_hidden(title: str) -> str:
+    """What `title` names: from stdin, less one newline, or typed at a prompt that shows nothing.
+
+    Raises:
+        UsageError: nothing can be read.
+        InvalidInput: not text in UTF-8, or too long.
     """
+    field = title.lower()
     if sys.stdin is None:
-        raise click.UsageError("stdin is closed: pipe the value to it.")
+        raise click.UsageError(f"stdin is closed: pipe the {field} to it.")
     if sys.stdin.isatty():
-        typed = click.prompt("Value", hide_input=True, confirmation_prompt="Once more", err=True)
+        typed = click.prompt(title, hide_input=True, confirmation_prompt="Once more", err=True)
         data = str(typed).encode("utf-8", "surrogateescape")
     else:
         # One more than allowed and a newline: an endless stdin must not fill the memory.
@@ -178,11 +181,11 @@ def _read_value() -> str:
             )
         data = data.removesuffix(b"\n")
     if len(data) > names.MAX_VALUE_BYTES:
-        raise InvalidInput("value", f"has more than {names.MAX_VALUE_BYTES} bytes")
+        raise InvalidInput(field, f"has more than {names.MAX_VALUE_BYTES} bytes")
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise InvalidInput("value", "is not UTF-8; encode binary data, as base64 say") from None
+        raise InvalidInput(field, "is not UTF-8; encode binary data, as base64 say") from None
 
 
 def _precondition(if_match: str | None, if_none_match: bool) -> Precondition | None:

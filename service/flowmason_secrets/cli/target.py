@@ -62,6 +62,9 @@ class Target(Protocol):
     async def keys(self) -> list[shapes.ApiKeyOut]:
         """All API keys, oldest first, the revoked ones included."""
 
+    async def status(self) -> shapes.Health:
+        """Whether values can be served, and how many secrets are under each master key."""
+
     async def revoke_key(self, key_id: str) -> shapes.Message:
         """Revoke an API key: when this returns, nobody accepts it any more."""
 

@@ -19,16 +19,15 @@ Command = Callable[..., None]
 
 
 def target_options(
-    *, creates: bool = False, all_organisations: bool = False
+    *, creates: bool = False, all_organisations: bool = False, organisation: bool = True
 ) -> Callable[[Command], Command]:
     """Give a command the options and, as its first argument, the place that they name.
 
     `creates`: it may be the first command ever in a data directory. `all_organisations`: on a data
-    directory, it works without `--org` too.
+    directory, it works without `--org` too; with `organisation` False there is no such option.
     """
 
     def decorate(command: Command) -> Command:
-        @click.option("--org", help="Organisation in the local data directory.")
         @click.option(
             "--data-dir",
             type=click.Path(path_type=Path),
@@ -39,10 +38,10 @@ def target_options(
         @click.option("--insecure", is_flag=True, help="Send the API key over plain HTTP.")
         @functools.wraps(command)
         def wrapped(
-            org: str | None,
             data_dir: Path | None,
             url: str | None,
             insecure: bool,
+            org: str | None = None,
             **rest: object,
         ) -> None:
             if url is not None:
@@ -55,14 +54,16 @@ def target_options(
                 return
             if insecure:
                 raise click.UsageError("--insecure goes with --url.")
-            if org is None and not all_organisations:
+            if org is None and organisation and not all_organisations:
                 raise click.UsageError(
                     "Give --org ORG for the data directory on this machine, or --url URL for a "
                     "server."
                 )
             command(_directory(org, data_dir, creates), **rest)
 
-        return wrapped
+        if not organisation:
+            return wrapped
+        return click.option("--org", help="Organisation in the local data directory.")(wrapped)
 
     return decorate
 

@@ -105,6 +105,23 @@ class SecretDamaged(SecretsError):
         self.reason = reason
 
 
+class RotationIncomplete(SecretsError):
+    """Some secrets could not be put under the active master key; `done` is how many could."""
+
+    code = "rotation_incomplete"
+    title = "Rotation incomplete"
+
+    def __init__(self, failed: Sequence[str], done: int) -> None:
+        shown = ", ".join(repr(name) for name in failed[:10])
+        super().__init__(
+            f"{done} secrets are under the new master key now; {len(failed)} can't be decrypted "
+            f"and stay as they are: {shown}{', …' if len(failed) > 10 else ''}. "
+            "Add the key that they were written with, or set or delete them; then go on."
+        )
+        self.failed = tuple(failed)
+        self.done = done
+
+
 class PreconditionFailed(SecretsError):
     """A conditional write met another version than the one it asked for; nothing was changed."""
 

@@ -7,7 +7,7 @@ import hashlib
 from base64 import urlsafe_b64encode
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives import hashes
@@ -54,6 +54,18 @@ DEFAULT_KEY_WORD = "default"
 # The documented key of FlowMason when none is configured: anybody who knows the organisation can
 # derive it, so it protects nothing.
 DEFAULT_KEY = MasterKey(DEFAULT_KEY_ID, None)
+
+
+# `active` encrypts and decrypts, `held` decrypts; what is under a `missing` one can't be read.
+KeyState = Literal["active", "held", "missing"]
+
+
+class KeyUsage(NamedTuple):
+    """How many secrets are under a master key."""
+
+    key_id: str
+    secrets: int
+    state: KeyState
 
 
 class KeySource(Protocol):
@@ -119,6 +131,12 @@ class Keyring:
     def held(self) -> tuple[str, ...]:
         """The ids of all keys, newest first."""
         return tuple(self._keys)
+
+    def state(self, key_id: str) -> KeyState:
+        """What this keyring does with a key of this id."""
+        if key_id == self._active:
+            return "active"
+        return "held" if key_id in self._keys else "missing"
 
     def derived(self, org_id: str, key_id: str) -> bool:
         """Whether the key for this organisation is at hand."""

@@ -13,6 +13,7 @@ STATUS: dict[type[errors.SecretsError], int] = {
     errors.PreconditionFailed: 412,
     errors.DecryptionFailed: 500,
     errors.SecretDamaged: 500,
+    errors.RotationIncomplete: 500,
     errors.ConfigurationError: 500,
     errors.LogUnavailable: 503,
     errors.LogDamaged: 503,
