@@ -33,7 +33,7 @@ from flowmason_secrets.core.status import STATUS, outcome_of
 from flowmason_secrets.service import Service
 
 from .conftest import Client
-from .harness.server import serving, session, settings_for
+from .harness.server import MASTER_KEY, key_ids, serving, session, settings_for
 
 SECRETS = "/api/v1/secrets"
 API_KEYS = "/api/v1/auth/api-keys"
@@ -183,9 +183,13 @@ async def test_several_scopes_add_up(client: Client) -> None:
 
 async def test_what_needs_no_key(full: aiohttp.ClientSession) -> None:
     nobody = {"Authorization": ""}
-    for path, expected in (("/healthz", "alive"), ("/readyz", "ready")):
+    keys = [{"key_id": key_ids(MASTER_KEY)[0], "secrets": 0, "state": "active"}]
+    for path, expected in (
+        ("/healthz", {"status": "alive"}),
+        ("/readyz", {"status": "ready", "keys": keys}),
+    ):
         async with full.get(path, headers=nobody) as answer:
-            assert (answer.status, await answer.json()) == (200, {"status": expected})
+            assert (answer.status, await answer.json()) == (200, expected)
     async with full.get("/api/v1/openapi.json", headers=nobody) as answer:
         assert (answer.status, answer.content_type) == (200, "application/json")
         assert (await answer.json())["openapi"] == "3.1.0"
@@ -1015,6 +1019,7 @@ RAISED: list[tuple[errors.SecretsError, int, str, dict[str, object], dict[str, s
     (errors.IndexUnavailable("full"), 503, "index_unavailable", {}, {"Retry-After": "1"}),
     (errors.LogDamaged("d"), 503, "log_damaged", {}, {}),
     (errors.ConfigurationError("c"), 500, "configuration", {}, {}),
+    (errors.RotationIncomplete(["N"], 3), 500, "rotation_incomplete", {}, {}),
 ]
 
 

@@ -4,9 +4,8 @@ What is left to do is in the metadata of the secrets, nowhere else: a rotation m
 and the next one goes on.
 """
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import NamedTuple
 
 from .attempts import Attempt, Path
@@ -34,26 +33,25 @@ class Progress(NamedTuple):
     failed: list[str]
 
 
-class Left(NamedTuple):
-    """What is not under the active key: how many secrets of each organisation that has any.
+class Survey(NamedTuple):
+    """What is stored under which master key: the names of an organisation's secrets by key id.
 
     `nameless` are directories of organisations that no event names, `damaged` files that are no
-    secret; nobody can re-encrypt these.
+    secret: nobody can re-encrypt these.
     """
 
-    secrets: dict[str, int]
+    secrets: dict[str, dict[str, list[str]]]
     nameless: list[str]
     damaged: list[str]
 
-    @property
-    def total(self) -> int:
-        """All secrets that can be re-encrypted."""
-        return sum(self.secrets.values())
-
-    @property
-    def nothing(self) -> bool:
-        """Whether the active key is enough for everything that is stored."""
-        return not (self.secrets or self.nameless or self.damaged)
+    def left(self, active: str) -> dict[str, list[str]]:
+        """The names of secrets that are not under this key, by organisation."""
+        found = {}
+        for org_id, by_key in self.secrets.items():
+            names = [name for key, group in by_key.items() if key != active for name in group]
+            if names:
+                found[org_id] = names
+        return found
 
 
 class Rotation:
@@ -104,57 +102,54 @@ class Rotation:
         Raises:
             LogUnavailable: not everybody may know.
         """
-        await self._tell(caller, {"kind": _BEGIN, "to": self._master.keyring.active})
+        await self._tell(caller, {"kind": _BEGIN, "to": self.active})
 
-    async def reencrypt(self, caller: Caller) -> AsyncIterator[Progress]:
-        """Put all secrets of the caller's organisation under the active key, batch by batch.
-        Versions, times and entity tags stay as they are.
+    async def reencrypt(self, caller: Caller, names: Sequence[str]) -> AsyncIterator[Progress]:
+        """Put secrets of the caller's organisation under the active key, batch by batch, if they
+        are not. Versions, times and entity tags stay as they are.
 
         Raises:
             LogUnavailable: it goes on from there if it is called again.
         """
-        inventory = await self._store.inventory(org_hash(caller.principal.org_id))
-        active = self._master.keyring.active
-        old = (names for key_id, names in inventory.names.items() if key_id != active)
-        names = (name for group in old for name in group)
-        while batch := list(islice(names, BATCH)):
-            yield await self._reencrypt(caller, batch)
+        for start in range(0, len(names), BATCH):
+            yield await self._reencrypt(caller, names[start : start + BATCH])
 
     async def finish(self, caller: Caller) -> int:
-        """`reencrypt` to its end; returns how many secrets it re-encrypted.
+        """Re-encrypt all secrets of the caller's organisation; returns how many there were.
 
         Raises:
             RotationIncomplete: some can't be decrypted; all others are under the active key.
             LogUnavailable: it goes on from there if it is called again.
         """
+        inventory = await self._store.inventory(org_hash(caller.principal.org_id))
+        old = (names for key_id, names in inventory.names.items() if key_id != self.active)
         done, failed = 0, list[str]()
-        async for progress in self.reencrypt(caller):
+        async for progress in self.reencrypt(caller, [name for names in old for name in names]):
             done += progress.done
             failed += progress.failed
         if failed:
             raise RotationIncomplete(failed, done)
         return done
 
-    async def left(self, known: Collection[str]) -> Left:
-        """What is not under the active key. `known` are organisations besides those in the log.
+    async def survey(self, known: Collection[str]) -> Survey:
+        """What is stored under which key. `known` are organisations besides those in the log.
 
         Raises:
+            LogUnavailable: not even the state of the log can be read.
             IndexUnavailable: the organisations can't be looked up.
         """
         await self._gate.is_current(Intent(None, ()))
         ids = {*known, *await self._index.organisations(self._store.position)}
-        by_hash = {org_hash(org_id): org_id for org_id in ids if org_id}
-        left = Left({}, [], [])
-        active = self._master.keyring.active
+        by_hash = {org_hash(org_id): org_id for org_id in ids}
+        found = Survey({}, [], [])
         for directory in await self._store.org_hashes():
             names, damaged = await self._store.inventory(directory)
-            count = sum(len(group) for key_id, group in names.items() if key_id != active)
-            left.damaged.extend(f"{directory}/{stem}" for stem in damaged)
-            if count and directory in by_hash:
-                left.secrets[by_hash[directory]] = count
-            elif count:
-                left.nameless.append(directory)
-        return left
+            found.damaged.extend(f"{directory}/{stem}" for stem in damaged)
+            if directory in by_hash:
+                found.secrets[by_hash[directory]] = names
+            elif names:
+                found.nameless.append(directory)
+        return found
 
     async def retire(self, caller: Caller, known: Collection[str]) -> list[str]:
         """Remove all master keys but the active one; returns their ids.
@@ -163,19 +158,20 @@ class Rotation:
             ConfigurationError: something is still under them; nothing was changed.
             OSError: the key file can't be written.
         """
+        # From here on nobody writes under another key: what is found now is all there will be.
         await self.announce(caller)
-        active = self._master.keyring.active
-        left = await self.left(known)
-        if not left.nothing:
+        found = await self.survey(known)
+        left = sum(map(len, found.left(self.active).values()))
+        if left or found.nameless or found.damaged:
             raise ConfigurationError(
-                f"{left.total} secrets, {len(left.nameless)} organisations without a name and "
-                f"{len(left.damaged)} damaged files are not under the key {active}; the old keys "
-                "stay."
+                f"{left} secrets, {len(found.nameless)} organisations without a name and "
+                f"{len(found.damaged)} damaged files are not under the key {self.active}; the old "
+                "keys stay."
             )
-        old = [key_id for key_id in self._master.keyring.held if key_id != active]
+        old = [key_id for key_id in self._master.keyring.held if key_id != self.active]
         if old:
             await self._master.drop(old)
-            await self._tell(caller, {"kind": _RETIRE, "to": active, "from": old})
+            await self._tell(caller, {"kind": _RETIRE, "to": self.active, "from": old})
         return old
 
     async def _tell(self, caller: Caller, details: dict[str, Detail]) -> None:
@@ -195,7 +191,7 @@ class Rotation:
         )
         await self._gate.submit(Intent(event, ()))
 
-    async def _reencrypt(self, caller: Caller, names: list[str]) -> Progress:
+    async def _reencrypt(self, caller: Caller, names: Sequence[str]) -> Progress:
         async def step(attempt: Attempt) -> Progress:
             org_id = attempt.caller.principal.org_id
             attempt.depends += (self._master.depends,)
@@ -206,7 +202,7 @@ class Rotation:
             records = await self._store.load_all(org_id, names)
             for name, record in zip(names, records, strict=True):
                 attempt.depends += (((org_id, secret_id(org_id, name)), as_of),)
-                if record is None or record.metadata.key_id == self._master.keyring.active:
+                if record is None or record.metadata.key_id == self.active:
                     continue
                 put = await self._put(org_id, record)
                 if put is None:
@@ -237,14 +233,13 @@ class Rotation:
         self, attempt: Attempt, puts: list[PutSecret], origins: set[str], failed: int
     ) -> None:
         # format §5.4
-        active = self._master.keyring.active
-        attempt.resource = ("master_key", active, None)
+        attempt.resource = ("master_key", self.active, None)
         attempt.change = Rekey(tuple(puts)) if puts else None
         attempt.details = {
             "kind": _BATCH,
             "count": len(puts),
             "failed": failed,
             "from": sorted(origins),
-            "to": active,
+            "to": self.active,
             "secrets": [secret_id(put.org_id, put.metadata.name) for put in puts],
         }

@@ -12,7 +12,7 @@ import msgspec
 
 from .. import config
 from ..core.errors import ConfigurationError
-from ..rotation import Left, Rotation
+from ..rotation import Rotation, Survey
 from . import output
 from .secret import read_hidden
 from .where import json_option
@@ -98,36 +98,35 @@ async def _rotate(settings: config.Settings, request: Request) -> Outcome:
     try:
         rotation = service.rotation
         caller = app.local_caller("-")
-        left = await rotation.left(request.known)
-        if request.material is None and (left.secrets or left.nameless):
+        left = sum(key.secrets for key in await service.key_usage() if key.state != "active")
+        if request.material is None and left:
             output.note(
-                f"{left.total} secrets are not under the active key yet: going on with that. "
+                f"{left} secrets are not under the active key yet: going on with that. "
                 "Run it again for a new key."
             )
             await rotation.announce(caller)
         else:
             await rotation.use(caller, request.material or secrets.token_urlsafe(48))
-            left = await rotation.left(request.known)
-        done, failed = await _reencrypt(rotation, left)
-        left = await rotation.left(request.known)
-        _report(left)
-        retired = []
-        if request.retire:
-            retired = await rotation.retire(caller, request.known)
+        survey = await rotation.survey(request.known)
+        _report(survey)
+        done, failed = await _reencrypt(rotation, survey.left(rotation.active))
+        retired = await rotation.retire(caller, request.known) if request.retire else []
         return Outcome(rotation.active, done, failed, retired)
     finally:
         await service.close()
 
 
-async def _reencrypt(rotation: Rotation, left: Left) -> tuple[int, dict[str, list[str]]]:
+async def _reencrypt(
+    rotation: Rotation, left: dict[str, list[str]]
+) -> tuple[int, dict[str, list[str]]]:
     from .. import app
 
     done = 0
     failed: dict[str, list[str]] = {}
     with _bar() as bar:
-        task = bar.add_task("Re-encrypting", total=left.total)
-        for org in left.secrets:
-            async for progress in rotation.reencrypt(app.local_caller(org)):
+        task = bar.add_task("Re-encrypting", total=sum(map(len, left.values())))
+        for org, names in left.items():
+            async for progress in rotation.reencrypt(app.local_caller(org), names):
                 done += progress.done
                 if progress.failed:
                     failed.setdefault(org, []).extend(progress.failed)
@@ -135,14 +134,14 @@ async def _reencrypt(rotation: Rotation, left: Left) -> tuple[int, dict[str, lis
     return done, failed
 
 
-def _report(left: Left) -> None:
-    if left.nameless:
+def _report(survey: Survey) -> None:
+    if survey.nameless:
         output.note(
             "No event names the organisations of these directories: "
-            f"{', '.join(left.nameless)}. Name them with --org."
+            f"{', '.join(survey.nameless)}. Name them with --org."
         )
-    if left.damaged:
-        output.note(f"These files are no whole secrets: {', '.join(left.damaged)}.")
+    if survey.damaged:
+        output.note(f"These files are no whole secrets: {', '.join(survey.damaged)}.")
 
 
 def _bar() -> "Progress":

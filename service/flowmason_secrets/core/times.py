@@ -8,7 +8,7 @@ from .errors import InvalidInput
 _RFC3339 = re.compile(
     r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})", re.ASCII
 )
-
+_RENDERED = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}\.\d{6}Z", re.ASCII)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST = (datetime(1, 1, 1, tzinfo=UTC) - _EPOCH).total_seconds()
@@ -53,6 +53,17 @@ def parse_stored(text: str) -> float:
         ValueError: not a time at all.
     """
     return _seconds(datetime.fromisoformat(text))
+
+
+def restored(text: str) -> str:
+    """A stored time as `render` writes it.
+
+    Raises:
+        ValueError: not a time at all.
+    """
+    moment = datetime.fromisoformat(text)
+    # What `render` wrote is as it should be: most are, and rendering takes longest.
+    return text if _RENDERED.fullmatch(text) else render(_seconds(moment))
 
 
 def _seconds(moment: datetime) -> float:

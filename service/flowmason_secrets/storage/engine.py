@@ -78,8 +78,6 @@ class Engine:
     def seal_journal(self) -> Journal | None:
         """Take the journal out of use, to be settled: in this thread, the settling in any other."""
         journal, self._journal = self._journal, None
-        if journal is not None:
-            journal.close()
         return journal
 
     def close(self) -> None:

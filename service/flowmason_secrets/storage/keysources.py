@@ -71,7 +71,7 @@ class KeyFile:
 
     def put_first(self, material: str) -> None:
         """See `KeySource.put_first`."""
-        if material == DEFAULT_KEY_WORD or material.splitlines() != [material.strip()]:
+        if material == DEFAULT_KEY_WORD or material.strip().splitlines() != [material]:
             raise ConfigurationError(
                 "A master key in a key file is one line without white space around it, and not "
                 f"the word '{DEFAULT_KEY_WORD}'."

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 from ..core.names import org_hash, secret_hash
@@ -20,6 +21,8 @@ from ..core.records import (
 )
 from . import wire
 from .durable import PRIVATE_FILE, Durable, LinkedFile
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +123,10 @@ class Published:
 
     def metadata(self, org: str, stem: str) -> Metadata | None:
         """The metadata of one file; None if it is gone, or can't be read, which is logged."""
+        found = self._of_metadata(org, stem, wire.decode_metadata)
+        return None if found is None else found[0]
+
+    def _of_metadata(self, org: str, stem: str, decode: Callable[[bytes, str], T]) -> T | None:
         path = self._layout.secret(org, stem)[1]
         problem = None
         # It may be read while it is being written, which takes microseconds.
@@ -128,10 +135,10 @@ class Published:
             if raw is None:
                 return None
             try:
-                return wire.decode_metadata(raw, self._oldest_key())[0]
+                return decode(raw, self._oldest_key())
             except wire.Malformed as error:
                 problem = error
-        _log.warning("left out of the listing: %s: %s", path, problem)
+        _log.warning("left out: %s: %s", path, problem)
         return None
 
     def secrets(self, org_id: str, names: Sequence[str], as_of: int) -> list[SecretRecord | None]:
@@ -144,12 +151,12 @@ class Published:
         stems = {name.rpartition(".")[0] for name in files if name.endswith((".secret", ".meta"))}
         found = Inventory({}, [])
         for stem in sorted(stems):
-            metadata = self.metadata(org, stem)
-            whole = {f"{stem}.secret", f"{stem}.meta"} <= files
-            if metadata is None or not whole or secret_hash(metadata.name) != stem:
+            entry = self._of_metadata(org, stem, wire.decode_key_id)
+            whole = f"{stem}.secret" in files
+            if entry is None or not whole or secret_hash(entry[0]) != stem:
                 found.damaged.append(stem)
             else:
-                found.names.setdefault(metadata.key_id, []).append(metadata.name)
+                found.names.setdefault(entry[1], []).append(entry[0])
         return found
 
     def api_key(self, digest: str) -> ApiKey | None:

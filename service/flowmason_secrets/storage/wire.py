@@ -142,8 +142,8 @@ def decode_metadata(data: bytes, oldest_key: str) -> tuple[Metadata, str | None]
             name=str(fields["name"]),
             description=str(fields.get("description") or ""),
             category=str(fields.get("category") or "other"),
-            created_at=times.render(times.parse_stored(fields["created_at"])),
-            updated_at=times.render(times.parse_stored(fields["updated_at"])),
+            created_at=times.restored(fields["created_at"]),
+            updated_at=times.restored(fields["updated_at"]),
             created_by=fields.get("created_by"),
             expires_at=None if expiry is None else times.render(expiry),
             version=int(fields.get("version", 1)),
@@ -154,6 +154,19 @@ def decode_metadata(data: bytes, oldest_key: str) -> tuple[Metadata, str | None]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise Malformed(f"unreadable metadata: {type(error).__name__}") from None
     return metadata, fields.get("token_sha256")
+
+
+def decode_key_id(data: bytes, oldest_key: str) -> tuple[str, str]:
+    """The name and the key id of a `.meta` file, of which there may be many to look at.
+
+    Raises:
+        Malformed: incomplete, or not JSON at all.
+    """
+    try:
+        fields = _load(data)
+        return str(fields["name"]), str(fields.get("key_id", oldest_key))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Malformed(f"unreadable metadata: {type(error).__name__}") from None
 
 
 def _load(data: bytes) -> dict[str, Any]:
