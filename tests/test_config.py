@@ -42,6 +42,7 @@ SAID: dict[str, tuple[str, Any]] = {
     "DIR": ("/srv/secrets", Path("/srv/secrets")),
     "HOST": ("::1", "::1"),
     "PORT": ("8701", 8701),
+    "WORKERS": ("0", 0),
     "CACHE_BYTES": ("0", 0),
     "SEGMENT_BYTES": ("1048576", 1048576),
     "SEGMENT_AGE": ("3600.5", 3600.5),

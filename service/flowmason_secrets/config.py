@@ -29,6 +29,7 @@ class Settings:
     data_dir: Path = Path("~/.flowmason/secrets")
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
+    workers: int = 1
     cache_bytes: int = 16 << 20
     segment_bytes: int = 64 << 20
     segment_age: float = 86400.0
@@ -57,7 +58,8 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "DIR": ("data_dir", "The data directory."),
     "HOST": ("host", "The address to listen on."),
     "PORT": ("port", "The TCP port to listen on."),
-    "CACHE_BYTES": ("cache_bytes", "How much encrypted data is kept in memory."),
+    "WORKERS": ("workers", "How many processes serve; 0 is one per core."),
+    "CACHE_BYTES": ("cache_bytes", "How much encrypted data each process keeps in memory."),
     "SEGMENT_BYTES": ("segment_bytes", "At which size a segment of the event log is sealed."),
     "SEGMENT_AGE": ("segment_age", "At which age, in seconds, a segment is sealed."),
     "QUEUE_LIMIT": ("queue_limit", "How many operations may wait for their commit."),
@@ -66,7 +68,8 @@ VARIABLES: dict[str, tuple[str, str]] = {
 }
 
 
-_MOST = {"port": 65535}
+# The largest numbers that make sense.
+MOST = {"port": 65535, "workers": 256}
 _KEYS = frozenset({"KEY", "KEY_FILE", "OLD_KEYS"})
 
 
@@ -179,7 +182,7 @@ def _convert(variable: str, name: str, text: str) -> object:
         if kind in (int, float):
             number = kind(text)
             # In this form nan is out of range, too.
-            if not 0 <= number <= _MOST.get(name, math.inf):
+            if not 0 <= number <= MOST.get(name, math.inf):
                 raise ValueError
             return number
         return data_dir(text, variable) if issubclass(kind, Path) else text

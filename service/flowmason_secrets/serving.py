@@ -1,14 +1,17 @@
 """Listening: from the settings to a server that answers, and to its orderly end."""
 
 import asyncio
+import contextlib
 import errno
 import gc
+import logging
 import os
 import socket
 import ssl
+import stat
 import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
@@ -17,9 +20,18 @@ from .api.server import Dispatcher, make_server
 from .app import open_service
 from .config import Settings, is_loopback
 from .core.errors import ConfigurationError
+from .service import Service
+from .storage.durable import Durable
 
-# Seconds that requests in flight get to finish once the server has to stop.
+if sys.platform != "win32":
+    import uvloop
+
+_log = logging.getLogger(__name__)
+
+# Seconds that requests in flight get to finish once the server has to stop, and answers to be read
+# after that. By `PATIENCE` a server has ended, unless something hangs.
 DRAIN = 10.0
+PATIENCE = 2 * DRAIN + 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +57,59 @@ class Listen:
         )
 
 
-async def serve(
-    settings: Settings, listen: Listen, ready: Callable[[str], None], stop: asyncio.Event
-) -> None:
-    """Serve HTTP until `stop` is set, then finish what is in flight. `ready` gets the URL.
+class Address:
+    """The sockets of a `Listen`, bound. Processes that are forked from this one share them: each
+    connection goes to one that has time to accept it.
+
+    Nobody is listening yet, so that clients are refused until there is a server.
 
     Raises:
         ConfigurationError: see `Listen.check`.
+        OSError: the address can't be had.
+    """
+
+    def __init__(self, listen: Listen) -> None:
+        listen.check()
+        self.listen = listen
+        if listen.unix_socket is not None:
+            self.sockets = [_bind_unix(listen.unix_socket)]
+        else:
+            self.sockets = _bind_tcp(listen.host, listen.port)
+
+    @property
+    def url(self) -> str:
+        """As `--url` takes it."""
+        if self.listen.unix_socket is not None:
+            return f"unix:{self.listen.unix_socket.absolute()}"
+        # The port may have been 0: ask what it became.
+        host, port = self.sockets[0].getsockname()[:2]
+        scheme = "https" if self.listen.tls else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    def close(self) -> None:
+        """This process lets go of it; others that share it keep it."""
+        for one in self.sockets:
+            one.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What a server is told while it runs: to stop, and to read its key file again."""
+
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    reload: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def serve(
+    settings: Settings, address: Address, ready: Callable[[], None], orders: Orders
+) -> None:
+    """Serve HTTP until it is to stop, then finish what is in flight. `ready` is called once.
+
+    Raises:
         LogUnavailable, LogDamaged: the data directory can't be used.
         OSError: the address can't be listened on.
     """
-    listen.check()
+    listen = address.listen
     service = await open_service(settings)
     try:
         dispatcher = Dispatcher(
@@ -65,18 +119,42 @@ async def serve(
         runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN)
         await runner.setup()
         try:
-            site = _site(runner, listen)
-            await site.start()
+            sites = [
+                web.SockSite(runner, one, ssl_context=listen.tls, backlog=1024)
+                for one in address.sockets
+            ]
+            for site in sites:
+                await site.start()
             service.start()
-            ready(_url(site, runner))
-            await stop.wait()
-            await site.stop()
+            ready()
+            await _obey(orders, service)
+            for site in sites:
+                await site.stop()
             # aiohttp's own end discards bodies that are still arriving.
             await dispatcher.drain(DRAIN)
         finally:
             await runner.cleanup()
     finally:
         await service.close()
+
+
+async def _obey(orders: Orders, service: Service) -> None:
+    """Return when the server is to stop."""
+    reloading = asyncio.create_task(_reload_keys(orders.reload, service))
+    await orders.stop.wait()
+    reloading.cancel()
+    await asyncio.wait([reloading])
+
+
+async def _reload_keys(wanted: asyncio.Event, service: Service) -> None:
+    while True:
+        await wanted.wait()
+        wanted.clear()
+        try:
+            await service.reload_keys()
+            _log.info("the master keys were read again")
+        except ConfigurationError as error:
+            _log.error("the master keys held stay: %s", error)
 
 
 def run(main: Coroutine[object, object, None]) -> None:
@@ -89,31 +167,54 @@ def run(main: Coroutine[object, object, None]) -> None:
     if sys.platform == "win32":
         asyncio.run(main)
     else:
-        import uvloop
-
         uvloop.run(main)
 
 
-def _site(runner: web.ServerRunner, listen: Listen) -> web.BaseSite:
-    if listen.unix_socket is not None:
-        _refuse_taken(listen.unix_socket)
-        return web.UnixSite(runner, listen.unix_socket, ssl_context=listen.tls, backlog=1024)
-    return web.TCPSite(
-        runner, listen.host, listen.port, ssl_context=listen.tls, backlog=1024, reuse_address=True
-    )
+def _bind_tcp(host: str, port: int) -> list[socket.socket]:
+    """One socket for each address of the host, all with the same port."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    bound: list[socket.socket] = []
+    missing: OSError | None = None
+    with contextlib.ExitStack() as failed:
+        for family, _, _, _, place in dict.fromkeys(found):
+            taken = bound[0].getsockname()[1] if bound else port
+            try:
+                one = failed.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind((place[0], taken, *place[2:]))
+                bound.append(one)
+            except OSError as error:
+                # A name may stand for an IPv6 address too, where there is no IPv6.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if missing is not None and not bound:
+            raise missing
+        failed.pop_all()
+    return bound
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    """Raises:
+    OSError: a server listens there, or it is something else than a socket.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.stat().st_mode):
+            _refuse_taken(path)
+            # Of a server that is gone.
+            Durable().unlink(path)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        bound.bind(os.fspath(path))
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 def _refuse_taken(path: Path) -> None:
-    """asyncio removes a socket that is there; that of a server which still runs has to stay."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if probe.connect_ex(os.fspath(path)) == 0:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), os.fspath(path))
-
-
-def _url(site: web.BaseSite, runner: web.ServerRunner) -> str:
-    if isinstance(site, web.UnixSite):
-        return site.name
-    # The port may have been 0: ask what it became.
-    host, port = runner.addresses[0][:2]
-    scheme = site.name.partition(":")[0]
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import ssl
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from .. import config
 from ..core.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from ..serving import Listen
+    from ..serving import Address
+    from ..supervisor import Worker
 
 _DEFAULTS = config.Settings()
 
@@ -66,6 +67,12 @@ class _ServeCommand(click.Command):
     show_default=str(_DEFAULTS.data_dir),
     help="The data directory.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(0, config.MOST["workers"]),
+    show_default=str(_DEFAULTS.workers),
+    help="How many processes serve; 0 is one per core.",
+)
 @click.option("--production", is_flag=True, help="Refuse to start without a strong master key.")
 def serve(
     host: str | None,
@@ -75,14 +82,18 @@ def serve(
     tls_key: Path | None,
     behind_proxy: bool,
     data_dir: Path | None,
+    workers: int | None,
     production: bool,
 ) -> None:
-    """Serve the HTTP API until SIGTERM or SIGINT; what is in flight is finished then."""
+    """Serve the HTTP API until SIGTERM or SIGINT; what is in flight is finished then.
+
+    SIGHUP reads the key file again.
+    """
     # The other commands start twice as fast without the server.
     from .. import app, serving
 
     settings = app.with_overrides(
-        config.from_environment(), host=host, port=port, data_dir=data_dir
+        config.from_environment(), host=host, port=port, data_dir=data_dir, workers=workers
     )
     if production:
         config.check_production(settings)
@@ -90,7 +101,7 @@ def serve(
         settings.host, settings.port, unix_socket, _tls(tls_cert, tls_key), behind_proxy
     )
     try:
-        serving.run(_serve(settings, listen))
+        code = _run(settings, serving.Address(listen))
     except OSError as error:
         reason = _why_not_there(error)
         if reason is None:
@@ -100,23 +111,43 @@ def serve(
             f"Can't listen on {place}: {reason}. Choose another with "
             f"{'--unix-socket' if unix_socket else '--host and --port'}."
         ) from None
+    click.get_current_context().exit(code)
 
 
-async def _serve(settings: config.Settings, listen: "Listen") -> None:
-    from .. import serving
+def _run(settings: config.Settings, address: "Address") -> int:
+    """Serve, in this process or in its workers; returns the exit code."""
+    from .. import serving, supervisor
 
-    stop = asyncio.Event()
+    def announce() -> None:
+        click.echo(f"flowmason-secrets is ready on {address.url}")
+
+    count = settings.workers or supervisor.cores()
+    if count == 1:
+        serving.run(_serve(settings, address, announce, None))
+        return 0
+    role = supervisor.Supervisor(count, announce, address.close, serving.PATIENCE).run()
+    if isinstance(role, int):
+        return role
+    serving.run(_serve(settings, address, role.ready, role))
+    return 0
+
+
+async def _serve(
+    settings: config.Settings,
+    address: "Address",
+    ready: Callable[[], None],
+    worker: "Worker | None",
+) -> None:
+    from .. import serving, supervisor
+
+    orders = serving.Orders()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await serving.serve(settings, listen, partial(_announce, listen), stop)
-
-
-def _announce(listen: "Listen", url: str) -> None:
-    if listen.unix_socket is not None:
-        # As `--url` takes it.
-        url = f"unix:{listen.unix_socket.absolute()}"
-    click.echo(f"flowmason-secrets is ready on {url}")
+    for number in supervisor.STOPPING:
+        loop.add_signal_handler(number, orders.stop.set)
+    loop.add_signal_handler(signal.SIGHUP, orders.reload.set)
+    if worker is not None:
+        worker.begin(loop, orders.stop.set)
+    await serving.serve(settings, address, ready, orders)
 
 
 def _why_not_there(error: OSError) -> str | None:
