@@ -5,6 +5,7 @@ imported, so that a worker is there within a moment. It never touches the data d
 """
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -117,6 +118,9 @@ class Supervisor:
         # Nobody ever writes to it: the workers read its end when this process ends, however.
         lifeline, held = os.pipe()
         forking.close_in_children(held)
+        # What is there now is the workers' too: none of them looks through it again.
+        gc.collect()
+        gc.freeze()
         # One first: what keeps it from starting is reported once.
         self._slots[0].due = time.monotonic()
         with _Signals() as signals:

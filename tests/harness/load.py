@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Awaitable
@@ -46,24 +45,30 @@ async def write_on(
     client: aiohttp.ClientSession, number: int, known: dict[str, Known], seen: Seen, random: Random
 ) -> None:
     """Create, update and delete two secrets of one's own until the server is gone."""
-    names = [f"W{number}-{n}" for n in range(2)]
-    for turn in itertools.count():
-        name = random.choice(names)
-        secret = known[name]
-        value: str | None = f"{name} {turn} {random.random()} " + "x" * random.choice((0, 10, 9000))
-        if secret.value is not None and random.random() < 0.25:
-            value = None
-        secret.pending.append(value)
-        if value is None:
-            request = client.delete(f"{SECRETS}/{name}")
-        else:
-            request = client.post(SECRETS, json={"name": name, "value": value})
-        async with request as response:
-            await response.read()
-            assert response.status in ((200,) if value is None or secret.value else (201,))
-            action = "secret.delete" if value is None else "secret.create"
-            seen.note(response, action, name)
-        secret.value, secret.pending = value, []
+    while True:
+        await write_once(client, number, known, seen, random)
+
+
+async def write_once(
+    client: aiohttp.ClientSession, number: int, known: dict[str, Known], seen: Seen, random: Random
+) -> None:
+    """Create, update or delete one of two secrets of one's own, of which all is known."""
+    name = f"W{number}-{random.randrange(2)}"
+    secret = known[name]
+    value: str | None = f"{name} {random.random()} " + "x" * random.choice((0, 10, 9000))
+    if secret.value is not None and random.random() < 0.25:
+        value = None
+    secret.pending.append(value)
+    if value is None:
+        request = client.delete(f"{SECRETS}/{name}")
+    else:
+        request = client.post(SECRETS, json={"name": name, "value": value})
+    async with request as response:
+        await response.read()
+        assert response.status in ((200,) if value is None or secret.value else (201,))
+        action = "secret.delete" if value is None else "secret.create"
+        seen.note(response, action, name)
+    secret.value, secret.pending = value, []
 
 
 async def read_on(
@@ -71,14 +76,18 @@ async def read_on(
 ) -> None:
     """Read anything until the server is gone."""
     while True:
-        name = random.choice(names)
-        async with client.get(f"{SECRETS}/{name}") as response:
-            document = json.loads(await response.read())
-            assert response.status in (200, 404), document
-            if response.status == 200:
-                assert document["value"].startswith(f"{name} ")
-                seen.note(response, "secret.read", name)
-                seen.reads += 1
+        await read_once(client, random.choice(names), seen)
+
+
+async def read_once(client: aiohttp.ClientSession, name: str, seen: Seen) -> None:
+    """Read a secret that may be there."""
+    async with client.get(f"{SECRETS}/{name}") as response:
+        document = json.loads(await response.read())
+        assert response.status in (200, 404), document
+        if response.status == 200:
+            assert document["value"].startswith(f"{name} ")
+            seen.note(response, "secret.read", name)
+            seen.reads += 1
 
 
 async def until_gone(work: Awaitable[None]) -> None:
@@ -135,18 +144,23 @@ async def check_acknowledged(
 ) -> None:
     """Every secret is as its writer was told last, or as what he asked for and never heard of."""
     for name, secret in known.items():
-        async with client.get(f"{SECRETS}/{name}") as response:
-            document = await response.json()
-            assert response.status in (200, 404), document
-            found = document["value"] if response.status == 200 else None
-            assert found in secret.may_be(), name
-            if response.status == 200:
-                seen.note(response, "secret.read", name)
-        secret.value, secret.pending = found, []
+        await find_out(client, name, secret, seen)
     async with client.get(SECRETS) as response:
         listed = [entry["name"] for entry in await response.json()]
     assert listed == sorted(name for name, secret in known.items() if secret.value is not None)
     check_receipts(seen, data_dir)
+
+
+async def find_out(client: aiohttp.ClientSession, name: str, secret: Known, seen: Seen) -> None:
+    """See which of the things that it may be a secret is."""
+    async with client.get(f"{SECRETS}/{name}") as response:
+        document = await response.json()
+        assert response.status in (200, 404), document
+        found = document["value"] if response.status == 200 else None
+        assert found in secret.may_be(), name
+        if response.status == 200:
+            seen.note(response, "secret.read", name)
+    secret.value, secret.pending = found, []
 
 
 def check_receipts(seen: Seen, data_dir: Path) -> None:

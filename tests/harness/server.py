@@ -44,6 +44,8 @@ def key_ids(*materials: str) -> tuple[str, ...]:
 class ServerProcess:
     """`flowmason-secrets serve` on a free port."""
 
+    program: tuple[str, ...] = (sys.executable, "-m", "flowmason_secrets")
+
     def __init__(self, data_dir: Path, *arguments: str, **environment: str) -> None:
         self._data_dir = data_dir
         self._arguments = arguments
@@ -61,9 +63,7 @@ class ServerProcess:
         }
         environment |= {"FLOWMASON_SECRETS_KEY": MASTER_KEY, **self._environment}
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "flowmason_secrets",
+            *self.program,
             "serve",
             "--port=0",
             f"--data-dir={self._data_dir}",
