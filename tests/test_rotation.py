@@ -35,8 +35,8 @@ from flowmason_secrets.storage.durable import Durable
 from flowmason_secrets.storage.keysources import KeyFile
 from flowmason_studio.services.secrets import SecretsService
 
+from .harness.load import read_log
 from .harness.server import key_ids
-from .test_recovery import read_log
 
 ONE = "the first master key, of 32 characters or more"
 TWO = "the second master key, of 32 characters or more"
