@@ -28,10 +28,10 @@ def _version_check() -> None:
 def _invalidation() -> None:
     """Changes of other processes are not noted, and what they replaced stays in the cache."""
 
-    def is_change(line: Line) -> bool:
-        return False
+    def changed(line: Line) -> list[Ref]:
+        return []
 
-    _replace(engine, "is_change", is_change)
+    _replace(engine, "changed", changed)
 
 
 def _revocation() -> None:

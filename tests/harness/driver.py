@@ -16,7 +16,7 @@ from flowmason_secrets.core import keyring
 from flowmason_secrets.library import AsyncSecretsService
 
 from .histories import Plan, take_part
-from .interfaces import ORG, BlockingLibrary, CommandLine, Interface, Library
+from .interfaces import ORG, BlockingLibrary, CommandLine, Interface, Library, environment
 from .linearise import Operation
 
 
@@ -45,11 +45,17 @@ async def _commands(data_dir: Path) -> None:
 class Driver:
     """Such a process, seen from outside."""
 
-    def __init__(self, kind: str, data_dir: Path, environment: dict[str, str]) -> None:
+    def __init__(self, kind: str, data_dir: Path, variables: dict[str, str]) -> None:
         self._kind = kind
         self._data_dir = data_dir
-        self._environment = environment
+        self._environment = environment(variables)
         self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
+        assert self._process is not None
+        return self._process.pid
 
     async def start(self) -> None:
         """Return when it is ready."""

@@ -15,8 +15,9 @@ _PLAIN = {"set": 30, "get": 30, "metadata": 12, "delete": 14}
 _CONDITIONAL = {"replace": 26, "create": 14, "delete if": 6}
 _LISTING = {"list": 2}
 
-# One request in so many is given up by its client.
-_HANG_UPS = 40
+# One request in so many is given up by its client, within so many seconds.
+_HANG_UPS = 30
+_PATIENCE = 0.02
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -103,16 +104,22 @@ class Client:
         return Call("delete", name, key=self._key)
 
     async def _perform(self, call: Call) -> Operation:
-        process = self._interface.process
+        hasty = self._interface.hasty
+        if hasty is not None and self._random.randrange(_HANG_UPS) == 0:
+            return await self._give_up(hasty, call)
         begin = time.monotonic_ns()
-        pending = asyncio.ensure_future(self._interface.perform(call))
-        if KEYS in self._interface.abilities and self._random.randrange(_HANG_UPS) == 0:
-            await asyncio.wait([pending], timeout=self._random.random() / 100)
-            if pending.cancel():
-                await asyncio.wait([pending])
-                return Operation(process, call, begin)
-        answer = await pending
-        return Operation(process, call, begin, time.monotonic_ns(), answer)
+        answer = await self._interface.perform(call)
+        return Operation(self._interface.process, call, begin, time.monotonic_ns(), answer)
+
+    async def _give_up(self, interface: Interface, call: Call) -> Operation:
+        """Give it up after a moment, unless the answer is there by then."""
+        begin = time.monotonic_ns()
+        pending = asyncio.ensure_future(interface.perform(call))
+        await asyncio.wait([pending], timeout=self._random.random() * _PATIENCE)
+        if pending.cancel():
+            await asyncio.wait([pending])
+            return Operation(interface.process, call, begin)
+        return Operation(interface.process, call, begin, time.monotonic_ns(), await pending)
 
     async def _list(self) -> list[Operation]:
         """One listing: of each secret, a look at its metadata at some moment meanwhile."""

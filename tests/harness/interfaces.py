@@ -22,15 +22,16 @@ from .server import MASTER_KEY
 
 ORG = "acme"
 
-# What each interface can be asked for, beside reading, writing and deleting.
-CONDITIONS, LISTING, REVOKING, KEYS = "conditions", "listing", "revoking", "keys"
+# What some interfaces can be asked for, beside reading, writing and deleting.
+CONDITIONS, LISTING, KEYS = "conditions", "listing", "keys"
 
 
 class Interface(Protocol):
-    """One way, in one process."""
+    """One way, in one process. `hasty` is the one for calls that may be given up."""
 
     process: str
     abilities: frozenset[str]
+    hasty: "Interface | None"
 
     async def perform(self, call: Call) -> Answer:
         """Do it, and say what came back. Anything unforeseen raises."""
@@ -58,10 +59,17 @@ _STATUS: dict[int, Outcome] = {
 class Http:
     """A client of a server; `keys` are the raw API keys by their ids."""
 
-    abilities = frozenset({CONDITIONS, LISTING, REVOKING, KEYS})
+    abilities = frozenset({CONDITIONS, LISTING, KEYS})
 
-    def __init__(self, process: str, client: aiohttp.ClientSession, keys: dict[str, str]) -> None:
+    def __init__(
+        self,
+        process: str,
+        client: aiohttp.ClientSession,
+        keys: dict[str, str],
+        hasty: Interface | None = None,
+    ) -> None:
         self.process = process
+        self.hasty = hasty
         self._client = client
         self._keys = keys
 
@@ -114,6 +122,7 @@ class Library:
 
     process = "library"
     abilities: frozenset[str] = frozenset()
+    hasty: Interface | None = None
 
     def __init__(self, secrets: AsyncSecretsService) -> None:
         self._secrets = secrets
@@ -145,6 +154,7 @@ class BlockingLibrary:
 
     process = "library 2"
     abilities: frozenset[str] = frozenset()
+    hasty: Interface | None = None
 
     def __init__(self, secrets: SecretsService) -> None:
         self._secrets = secrets
@@ -191,7 +201,8 @@ class CommandLine:
     """The commands within this process, each of which opens the data directory and closes it."""
 
     process = "command line"
-    abilities = frozenset({CONDITIONS, LISTING, REVOKING})
+    abilities = frozenset({CONDITIONS, LISTING})
+    hasty: Interface | None = None
 
     def __init__(self, data_dir: Path) -> None:
         self._options = ("--org", ORG, "--data-dir", str(data_dir))
@@ -222,13 +233,19 @@ class Program(CommandLine):
     async def run(self, arguments: list[str], value: str | None) -> Ended:
         started = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "flowmason_secrets", *arguments, *self._options),
-            env={**os.environ, "FLOWMASON_SECRETS_KEY": MASTER_KEY},
+            env=environment({"FLOWMASON_SECRETS_KEY": MASTER_KEY}),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         out, errors = await started.communicate((value or "").encode())
         return Ended(started.returncode == 0, out.decode(), errors.decode())
+
+
+def environment(variables: dict[str, str]) -> dict[str, str]:
+    """That of this process, with nothing that concerns the program but these variables."""
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("FLOWMASON_")}
+    return kept | variables
 
 
 def _arguments(call: Call) -> list[str]:

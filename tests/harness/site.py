@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import os
+import signal
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from random import Random
 
 import aiohttp
 from msgspec.structs import replace
@@ -14,52 +17,75 @@ from .histories import Plan, secret_names, take_part
 from .interfaces import ORG, Http, Program
 from .linearise import Operation
 from .server import MASTER_KEY, ServerProcess, issue_key, session
+from .workers import one_each, workers
 
 _ROOT = Path(__file__).parents[2]
 
-# Every third history has an API key that is revoked while it is used; in every fortieth, the
+WORKERS = 2
+
+# How many clients each process has, the command line aside, and how many calls each one makes.
+_CLIENTS = 3
+_CALLS = 5
+
+# Every third history has an API key that is revoked while it is used; in every fiftieth, the
 # installed program itself takes part.
 _WITH_KEY = 3
-_WITH_PROGRAM = 40
+_WITH_PROGRAM = 50
 
-# How many calls each client makes.
-_CALLS = 6
+# In every fourth one, processes are stopped for moments anywhere. In seconds, at most:
+_WITH_PAUSES = 4
+_PAUSE = 0.05
 
 
 class Site:
-    """Two servers, a process with the library, and one with the command line."""
+    """A server with two workers, a process with the library, and one with the command line.
+
+    `clients` are those of each worker; `hasty` is of any, for requests that may be given up.
+    """
 
     def __init__(
         self,
-        clients: Sequence[aiohttp.ClientSession],
-        library: Driver,
-        commands: Driver,
+        clients: Sequence[Sequence[aiohttp.ClientSession]],
+        hasty: aiohttp.ClientSession,
+        drivers: tuple[Driver, Driver],
         program: Program,
+        pids: Sequence[int],
     ) -> None:
         self._clients = clients
-        self._library = library
-        self._commands = commands
+        self._hasty = hasty
+        self._library, self._commands = drivers
         self._program = program
+        self._pids = pids
 
     async def record(self, number: int) -> list[Operation]:
         """One history: what all processes did at once with a few secrets that were absent."""
+        if number % _WITH_PAUSES:
+            return await self._record(number)
+        pauses = asyncio.create_task(self._pause(Random(number)))
+        try:
+            return await self._record(number)
+        finally:
+            pauses.cancel()
+            await asyncio.wait([pauses])
+
+    async def _record(self, number: int) -> list[Operation]:
         keys = dict([await self._key()]) if number % _WITH_KEY == 0 else {}
+        # In turn the one worker revokes it, the other, the command line, or both workers at once.
+        revoker = number // _WITH_KEY % 4 if keys else None
         with_program = number % _WITH_PROGRAM == 0
+        secrets = secret_names(number, 2 + number % 2)
         # A process takes long to start, and the others should not be done by then.
         calls = _CALLS * 4 if with_program else _CALLS
-        plan = Plan(number, secret_names(number, 2 + number % 2), 3, calls, next(iter(keys), None))
-        # In turn the one server, the other, the command line, or both servers at once.
-        revoker = number // _WITH_KEY % 4 if keys else None
-
-        def part(place: int, clients: int, calls: int) -> Plan:
-            revoke_after = calls // 2 if revoker == place or (revoker == 3 and place < 2) else None
-            return replace(plan, clients=clients, calls=calls, revoke_after=revoke_after)
-
-        parts = [
-            take_part(part(place, 3, calls), [Http(f"server {place}", client, keys)])
-            for place, client in enumerate(self._clients)
-        ]
-        parts.append(self._commands.take_part(part(2, 1, 2)))
+        plan = Plan(number, secrets, _CLIENTS, calls, next(iter(keys), None))
+        hasty = Http("any worker", self._hasty, keys)
+        parts = []
+        for place, clients in enumerate(self._clients):
+            https = [Http(f"worker {place + 1}", client, keys, hasty) for client in clients]
+            revoke_after = calls // 2 if revoker in (place, 3) else None
+            parts.append(take_part(replace(plan, revoke_after=revoke_after), https))
+        revoke_after = 1 if revoker == 2 else None
+        commands = replace(plan, clients=1, calls=2, revoke_after=revoke_after)
+        parts.append(self._commands.take_part(commands))
         parts.append(self._library.take_part(plan))
         if with_program:
             parts.append(take_part(replace(plan, clients=2, calls=1), [self._program]))
@@ -68,29 +94,44 @@ class Site:
     async def _key(self) -> tuple[str, str]:
         """A new API key: its id, and the key itself."""
         body = {"name": "to be revoked"}
-        async with self._clients[0].post("/api/v1/auth/api-keys", json=body) as response:
+        async with self._hasty.post("/api/v1/auth/api-keys", json=body) as response:
             assert response.status == 201, await response.text()
             issued = await response.json()
             return issued["api_key"]["id"], issued["raw_key"]
 
+    async def _pause(self, random: Random) -> None:
+        """Stop one process after the other, each for a moment, until this is cancelled."""
+        while True:
+            await asyncio.sleep(random.random() * _PAUSE)
+            pid = random.choice(self._pids)
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(random.random() * _PAUSE)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
 
 @contextlib.asynccontextmanager
 async def processes(data_dir: Path, without: str | None = None) -> AsyncIterator[Site]:
-    """The site for the duration of a block; its servers without that part of their gate."""
+    """The site for the duration of a block; its workers without that part of their gate."""
     variables = {"FLOWMASON_SECRETS_KEY": MASTER_KEY, "PYTHONPATH": str(_ROOT)}
     key = await issue_key(data_dir, ORG)
-    library, commands = (
-        Driver(kind, data_dir, os.environ | variables) for kind in ("library", "commands")
-    )
-    servers = [ServerProcess(data_dir, PYTHONPATH=str(_ROOT)) for _ in range(2)]
+    server = ServerProcess(data_dir, f"--workers={WORKERS}", **variables)
+    if without is not None:
+        server.program = (sys.executable, "-m", "tests.harness.broken_gate", without)
+    drivers = (Driver("library", data_dir, variables), Driver("commands", data_dir, variables))
     async with contextlib.AsyncExitStack() as stack:
-        for server in servers:
-            if without is not None:
-                server.program = ("tests.harness.broken_gate", without)
-            await server.start()
-            stack.push_async_callback(server.stop)
-        for driver in (library, commands):
-            await driver.start()
-            stack.push_async_callback(driver.stop)
-        clients = [await stack.enter_async_context(session(server.url, key)) for server in servers]
-        yield Site(clients, library, commands, Program(data_dir))
+        for process in (server, *drivers):
+            await process.start()
+            stack.push_async_callback(process.stop)
+        every = [
+            await stack.enter_async_context(one_each(server.url, key, WORKERS))
+            for _ in range(_CLIENTS)
+        ]
+        yield Site(
+            [*zip(*every, strict=True)],
+            await stack.enter_async_context(session(server.url, key)),
+            drivers,
+            Program(data_dir),
+            [*workers(server), *(driver.pid for driver in drivers)],
+        )

@@ -67,7 +67,7 @@ async def replaced(server: ServerProcess, before: list[int], count: int) -> list
 
 @contextlib.asynccontextmanager
 async def one_each(url: str, key: str, count: int) -> AsyncIterator[list[aiohttp.ClientSession]]:
-    """A client of each worker: it has one connection, which stays."""
+    """A client of each worker: it has one connection, which stays. The same order every time."""
     found: dict[str, aiohttp.ClientSession] = {}
 
     async def connect() -> None:
@@ -82,10 +82,11 @@ async def one_each(url: str, key: str, count: int) -> AsyncIterator[list[aiohttp
             stem = (await response.json())["request_id"].partition("-")[0]
         found.setdefault(stem, client)
 
-    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(SOON):
-        while len(found) < count:
-            await asyncio.gather(*(connect() for _ in range(8)))
-        yield list(found.values())
+    async with contextlib.AsyncExitStack() as stack:
+        async with asyncio.timeout(SOON):
+            while len(found) < count:
+                await asyncio.gather(*(connect() for _ in range(8)))
+        yield [client for _, client in sorted(found.items())]
 
 
 class Prober:
