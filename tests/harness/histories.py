@@ -23,11 +23,12 @@ _PATIENCE = 0.02
 class Plan(msgspec.Struct, frozen=True):
     """One process's part in a history: its clients, and how many calls each of them makes.
 
-    `key` is the id of an API key that the odd ones of the clients use; the first one revokes it
-    after `revoke_after` calls of his.
+    No two plans with the same secrets have the same `title`: written values begin with it. `key`
+    is the id of an API key that the odd ones of the clients use; the first one revokes it after
+    `revoke_after` calls of his.
     """
 
-    history: int
+    title: str
     secrets: tuple[str, ...]
     clients: int
     calls: int
@@ -53,7 +54,7 @@ class Client:
         self._plan = plan
         self._number = number
         self._interface = interface
-        self._random = Random(f"{plan.history} {interface.process} {number}")
+        self._random = Random(f"{plan.title} {interface.process} {number}")
         self._key = plan.key if KEYS in interface.abilities and number % 2 else None
         # The entity tags that he was told last.
         self._etags: dict[str, str] = {}
@@ -86,7 +87,7 @@ class Client:
     def _call(self, kind: str, step: int) -> Call:
         name = self._random.choice(self._plan.secrets)
         # No two writes of a history have the same value: it says who wrote it.
-        value = f"{self._plan.history} {self._interface.process} {self._number} {step}"
+        value = f"{self._plan.title} {self._interface.process} {self._number} {step}"
         etag = self._etags.get(name)
         match kind:
             case "create":
@@ -123,7 +124,8 @@ class Client:
 
     async def _list(self) -> list[Operation]:
         """One listing: of each secret, a look at its metadata at some moment meanwhile."""
-        prefix = f"h{self._plan.history}."
+        # All secrets of a history begin the same.
+        prefix = self._plan.secrets[0].partition(".")[0] + "."
         begin = time.monotonic_ns()
         found = await self._interface.listing(prefix)
         end = time.monotonic_ns()
@@ -137,8 +139,3 @@ class Client:
             )
             for name in self._plan.secrets
         ]
-
-
-def secret_names(history: int, count: int) -> tuple[str, ...]:
-    """The secrets of a history, which no other one has."""
-    return tuple(f"h{history}.{number}" for number in range(count))

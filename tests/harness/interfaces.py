@@ -18,7 +18,6 @@ from flowmason_secrets.core.records import SecretMetadata
 from flowmason_secrets.library import AsyncSecretsService
 
 from .linearise import Answer, Call, Kind, Outcome
-from .server import MASTER_KEY
 
 ORG = "acme"
 
@@ -230,10 +229,23 @@ class Program(CommandLine):
 
     process = "program"
 
+    def __init__(self, data_dir: Path, variables: dict[str, str]) -> None:
+        super().__init__(data_dir)
+        self._data_dir = data_dir
+        self._environment = environment(variables)
+
     async def run(self, arguments: list[str], value: str | None) -> Ended:
+        return await self._started([*arguments, *self._options], value)
+
+    async def rotate(self, *options: str) -> None:
+        """Put all secrets under a new master key."""
+        ended = await self._started(["rotate-key", f"--data-dir={self._data_dir}", *options], None)
+        assert ended.good, ended
+
+    async def _started(self, arguments: list[str], value: str | None) -> Ended:
         started = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "flowmason_secrets", *arguments, *self._options),
-            env=environment({"FLOWMASON_SECRETS_KEY": MASTER_KEY}),
+            *(sys.executable, "-m", "flowmason_secrets", *arguments),
+            env=self._environment,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

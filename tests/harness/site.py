@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ import aiohttp
 from msgspec.structs import replace
 
 from .driver import Driver
-from .histories import Plan, secret_names, take_part
+from .histories import Plan, take_part
 from .interfaces import ORG, Http, Program
 from .linearise import Operation
 from .server import MASTER_KEY, ServerProcess, issue_key, session
@@ -28,7 +29,7 @@ _CLIENTS = 3
 _CALLS = 5
 
 # Every third history has an API key that is revoked while it is used; in every fiftieth, the
-# installed program itself takes part.
+# installed program itself takes part, and the master key is changed meanwhile.
 _WITH_KEY = 3
 _WITH_PROGRAM = 50
 
@@ -59,36 +60,43 @@ class Site:
 
     async def record(self, number: int) -> list[Operation]:
         """One history: what all processes did at once with a few secrets that were absent."""
-        if number % _WITH_PAUSES:
-            return await self._record(number)
-        pauses = asyncio.create_task(self._pause(Random(number)))
-        try:
-            return await self._record(number)
-        finally:
-            pauses.cancel()
-            await asyncio.wait([pauses])
+        async with contextlib.AsyncExitStack() as stack:
+            if number % _WITH_PAUSES == 0:
+                await stack.enter_async_context(_meanwhile(self._pause(Random(number))))
+            if number % _WITH_PROGRAM == 0:
+                return await self._with_program(number)
+            return await self._round(number)
 
-    async def _record(self, number: int) -> list[Operation]:
-        keys = dict([await self._key()]) if number % _WITH_KEY == 0 else {}
+    async def _with_program(self, number: int) -> list[Operation]:
+        """The program takes part. As it takes long to start, the others go on until it is done."""
+        retire = ["--retire"] * (number // _WITH_PROGRAM % 2)
+        plan = Plan(f"{number} program", _secrets(number), 2, 2)
+        rotation = asyncio.create_task(self._program.rotate(*retire))
+        part = asyncio.create_task(take_part(plan, [self._program]))
+        history = await self._round(number)
+        for again in itertools.count(1):
+            if rotation.done() and part.done():
+                break
+            history += await self._round(number, again)
+        await rotation
+        return history + await part
+
+    async def _round(self, number: int, again: int = 0) -> list[Operation]:
+        keys = dict([await self._key()]) if number % _WITH_KEY == 0 and not again else {}
         # In turn the one worker revokes it, the other, the command line, or both workers at once.
         revoker = number // _WITH_KEY % 4 if keys else None
-        with_program = number % _WITH_PROGRAM == 0
-        secrets = secret_names(number, 2 + number % 2)
-        # A process takes long to start, and the others should not be done by then.
-        calls = _CALLS * 4 if with_program else _CALLS
-        plan = Plan(number, secrets, _CLIENTS, calls, next(iter(keys), None))
+        key = next(iter(keys), None)
+        plan = Plan(f"{number} {again}", _secrets(number), _CLIENTS, _CALLS, key)
         hasty = Http("any worker", self._hasty, keys)
         parts = []
         for place, clients in enumerate(self._clients):
             https = [Http(f"worker {place + 1}", client, keys, hasty) for client in clients]
-            revoke_after = calls // 2 if revoker in (place, 3) else None
+            revoke_after = _CALLS // 2 if revoker in (place, 3) else None
             parts.append(take_part(replace(plan, revoke_after=revoke_after), https))
         revoke_after = 1 if revoker == 2 else None
         commands = replace(plan, clients=1, calls=2, revoke_after=revoke_after)
         parts.append(self._commands.take_part(commands))
         parts.append(self._library.take_part(plan))
-        if with_program:
-            parts.append(take_part(replace(plan, clients=2, calls=1), [self._program]))
         return [one for part in await asyncio.gather(*parts) for one in part]
 
     async def _key(self) -> tuple[str, str]:
@@ -112,9 +120,31 @@ class Site:
 
 
 @contextlib.asynccontextmanager
+async def _meanwhile(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _secrets(number: int) -> tuple[str, ...]:
+    """The secrets of a history, which no other one has."""
+    return tuple(f"h{number}.{place}" for place in range(2 + number % 2))
+
+
+@contextlib.asynccontextmanager
 async def processes(data_dir: Path, without: str | None = None) -> AsyncIterator[Site]:
     """The site for the duration of a block; its workers without that part of their gate."""
-    variables = {"FLOWMASON_SECRETS_KEY": MASTER_KEY, "PYTHONPATH": str(_ROOT)}
+    key_file = data_dir.with_name("master.key")
+    key_file.touch(0o600)
+    key_file.write_text(f"{MASTER_KEY}\n")
+    variables = {
+        "FLOWMASON_SECRETS_KEY": "",
+        "FLOWMASON_SECRETS_KEY_FILE": str(key_file),
+        "PYTHONPATH": str(_ROOT),
+    }
     key = await issue_key(data_dir, ORG)
     server = ServerProcess(data_dir, f"--workers={WORKERS}", **variables)
     if without is not None:
@@ -132,6 +162,6 @@ async def processes(data_dir: Path, without: str | None = None) -> AsyncIterator
             [*zip(*every, strict=True)],
             await stack.enter_async_context(session(server.url, key)),
             drivers,
-            Program(data_dir),
+            Program(data_dir, variables),
             [*workers(server), *(driver.pid for driver in drivers)],
         )
