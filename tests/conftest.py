@@ -1,6 +1,7 @@
 """Fixtures: a service, and an HTTP server over it in this process."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -13,9 +14,36 @@ from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import KeyDraft
 from flowmason_secrets.service import Service
 
+from .harness.operations import Beginnings
 from .harness.server import settings_for
+from .harness.tally import TALLIES
 
 Client = Callable[..., Awaitable[aiohttp.ClientSession]]
+
+
+# Where files are kept in memory: for tables of failures, in which what is durable is made up.
+MEMORY = Path("/dev/shm")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many cases the tables had."""
+    for tally in TALLIES:
+        for line in tally.lines():
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def fast(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory, in memory where the system has one."""
+    parent = MEMORY if MEMORY.is_dir() else tmp_path
+    with tempfile.TemporaryDirectory(dir=parent) as place:
+        yield Path(place)
+
+
+@pytest.fixture(scope="session")
+def beginnings(tmp_path_factory: pytest.TempPathFactory) -> Beginnings:
+    """The data directories that the operations of the tables begin with."""
+    return Beginnings(tmp_path_factory.mktemp("beginnings"))
 
 
 @pytest.fixture

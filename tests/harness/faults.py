@@ -1,32 +1,35 @@
-"""Disks that fail: a step raises, the power goes off, and what was not synced is gone.
+"""Disks that fail: a system call fails, or the power goes off before it.
 
-All of them are the real `Durable` on real files; only the failing step is made up.
+All of them are the real `Durable` on real files. It is watched from two sides: every public method
+of it is a step, and every function of `os` that it calls meanwhile is a system call of that step.
+Both are found by looking at `Durable`, so a new one is watched without anybody remembering.
 """
 
-import contextlib
 import errno
+import functools
+import inspect
+import itertools
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
-from random import Random
+import types
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
-from flowmason_secrets.storage.durable import Durable, ShortWrite, StrPath
+from flowmason_secrets.storage import durable
+from flowmason_secrets.storage.durable import Durable, ShortWrite
 
-STEPS = (
-    "make_directory",
-    "open_append",
-    "open_existing",
-    "open_slot",
-    "write",
-    "put_slot",
-    "sync",
-    "sync_path",
-    "create",
-    "put",
-    "rename",
-    "unlink",
+STEPS = tuple(
+    name
+    for name, method in vars(Durable).items()
+    if inspect.isfunction(method) and not name.startswith("_")
 )
+
+FUNCTIONS = (types.BuiltinFunctionType, types.FunctionType)
+# Functions of `os` that neither change the disk nor wait for it.
+PASSIVE = frozenset({"close", "fspath", "fstat", "stat"})
+WRITES = frozenset({"pwrite", "write"})
+SYNCS = frozenset({"fdatasync", "fsync"})
 
 
 class PowerOff(BaseException):
@@ -48,83 +51,128 @@ def short_write() -> OSError:
     return ShortWrite("wrote 1 of 2 bytes")
 
 
-class Watched(Durable):
-    """Calls `before` with the kind of each step; what that raises is what the step raises.
-
-    A write that fails leaves half of its bytes behind, as writes do.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A system call: its place among those of its disk, the steps that take it, from the outermost,
+    and the function of `os`.
     """
 
-    def __init__(self) -> None:
+    number: int
+    steps: tuple[str, ...]
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.number}. {self.name} of {' of '.join(reversed(self.steps))}"
+
+    @property
+    def size(self) -> int:
+        """How many bytes it writes; 0 for one that writes none."""
+        return len(self.arguments[1]) if self.name in WRITES else 0
+
+    def do(self) -> Any:
+        """Do it, as if nobody watched."""
+        return self.function(*self.arguments, **self.options)
+
+    def do_part(self, begin: int, end: int) -> int:
+        """Write these of its bytes to where they belong, if those before are there."""
+        descriptor, data, *offset = self.arguments
+        written: int = self.function(descriptor, data[begin:end], *[at + begin for at in offset])
+        return written
+
+    def do_half(self) -> int:
+        """Write half of its bytes; returns how many, also 0 if it writes none."""
+        return self.do_part(0, self.size // 2) if self.size else 0
+
+
+class Medium:
+    """What a disk writes to: the files themselves, and nothing else."""
+
+    def perform(self, call: Call) -> Any:
+        """Do the call."""
+        return call.do()
+
+
+class Watched(Durable):
+    """Knows its steps and its system calls, and calls `before` and `perform` for each of them."""
+
+    def __init__(self, medium: Medium | None = None) -> None:
+        self._medium = medium or Medium()
         self.steps: list[str] = []
+        self.calls: list[Call] = []
+        self.numbers = itertools.count()
 
     def before(self, kind: str) -> None:
         """Called before each step."""
 
-    def _step(self, kind: str) -> None:
+    def perform(self, call: Call) -> Any:
+        """Do the call; what this raises is what the call raises."""
+        return self._medium.perform(call)
+
+
+class _Running(threading.local):
+    """The steps that this thread is in, from the outermost."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Watched, str]] = []
+
+
+_running = _Running()
+
+
+def _watch(kind: str) -> Callable[..., Any]:
+    method = getattr(Durable, kind)
+
+    @functools.wraps(method)
+    def step(self: Watched, *arguments: Any, **options: Any) -> Any:
         self.steps.append(kind)
         self.before(kind)
-
-    def make_directory(self, path: StrPath, mode: int = 0o700) -> None:
-        self._step("make_directory")
-        super().make_directory(path, mode)
-
-    def open_append(self, path: Path, mode: int) -> int:
-        self._step("open_append")
-        return super().open_append(path, mode)
-
-    def open_existing(self, path: Path) -> int:
-        self._step("open_existing")
-        return super().open_existing(path)
-
-    def open_slot(self, path: Path) -> int:
-        self._step("open_slot")
-        return super().open_slot(path)
-
-    def write(self, descriptor: int, data: bytes) -> None:
-        with self._halved(lambda half: Durable.write(self, descriptor, half), data):
-            self._step("write")
-        super().write(descriptor, data)
-
-    def put_slot(self, descriptor: int, data: bytes) -> None:
-        with self._halved(lambda half: Durable.put_slot(self, descriptor, half), data):
-            self._step("put_slot")
-        super().put_slot(descriptor, data)
-
-    def sync(self, descriptor: int) -> None:
-        self._step("sync")
-        super().sync(descriptor)
-
-    def sync_path(self, path: StrPath) -> None:
-        self._step("sync_path")
-        super().sync_path(path)
-
-    def create(self, path: Path, data: bytes, mode: int, *, sync: bool) -> None:
-        self._step("create")
-        super().create(path, data, mode, sync=sync)
-
-    def put(self, path: str, data: bytes, mode: int) -> None:
-        self._step("put")
-        super().put(path, data, mode)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._step("rename")
-        super().rename(source, target)
-
-    def unlink(self, path: StrPath) -> None:
-        self._step("unlink")
-        super().unlink(path)
-
-    @contextlib.contextmanager
-    def _halved(self, write: Callable[[bytes], None], data: bytes) -> Iterator[None]:
+        _running.steps.append((self, kind))
         try:
-            yield
-        except BaseException:
-            write(data[: len(data) // 2])
-            raise
+            return method(self, *arguments, **options)
+        finally:
+            _running.steps.pop()
+
+    return step
+
+
+for _kind in STEPS:
+    setattr(Watched, _kind, _watch(_kind))
+
+
+class _System:
+    """What `durable` knows as `os`."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(os, name)
+        if not isinstance(found, FUNCTIONS) or name in PASSIVE:
+            return found
+        return functools.partial(_call, name, found)
+
+
+def _call(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    if not _running.steps:
+        return function(*arguments, **options)
+    disk = _running.steps[-1][0]
+    steps = tuple(kind for _, kind in _running.steps)
+    call = Call(next(disk.numbers), steps, name, function, arguments, options)
+    disk.calls.append(call)
+    return disk.perform(call)
+
+
+vars(durable)["os"] = _System()
+if durable._syncfs is not None:
+    # The only system call that `os` does not have.
+    vars(durable)["_syncfs"] = functools.partial(_call, "syncfs", durable._syncfs)
 
 
 class Faulty(Watched):
-    """Steps of some kinds fail while it is `broken`."""
+    """Steps of some kinds fail at their first system call while it is `broken`.
+
+    A write that fails leaves half of its bytes behind, as writes do.
+    """
 
     def __init__(self, kinds: Collection[str], error: Callable[[], OSError]) -> None:
         super().__init__()
@@ -133,159 +181,81 @@ class Faulty(Watched):
         self.broken = False
         self.failed = 0
 
-    def before(self, kind: str) -> None:
-        if self.broken and kind in self._kinds:
-            self.failed += 1
-            raise self._error()
+    def perform(self, call: Call) -> Any:
+        if not self.broken or self._kinds.isdisjoint(call.steps):
+            return super().perform(call)
+        self.failed += 1
+        call.do_half()
+        raise self._error()
+
+
+class Failing(Watched):
+    """One system call fails, and with `lasting` every later one too until it is repaired."""
+
+    def __init__(self, at: int, fault: Callable[[Call], Any], *, lasting: bool) -> None:
+        super().__init__()
+        self._at = at
+        self._fault = fault
+        self.lasting = lasting
+        self.failed = 0
+        self.broken = True
+
+    def perform(self, call: Call) -> Any:
+        hit = call.number >= self._at if self.lasting else call.number == self._at
+        if not self.broken or not hit:
+            return super().perform(call)
+        self.failed += 1
+        return self._fault(call)
+
+
+class Stopping(Watched):
+    """Calls `moment` with a description before the first system call, after each of them, and in
+    the middle of each that writes. Nothing else happens meanwhile.
+    """
+
+    def __init__(self, moment: Callable[[str], None], medium: Medium | None = None) -> None:
+        super().__init__(medium)
+        self._moment = moment
+        self._lock = threading.Lock()
+
+    def perform(self, call: Call) -> Any:
+        with self._lock:
+            if call.number == 0:
+                self._moment(f"before {call}")
+            size = call.size
+            if not size:
+                result = super().perform(call)
+            else:
+                result = 0
+                for cut in sorted({1, size // 2, size - 1}):
+                    result += call.do_part(result, cut)
+                    self._moment(f"{result} of {size} bytes into {call}")
+                result += call.do_part(result, size)
+            self._moment(f"after {call}")
+            return result
 
 
 class Unplugged(Watched):
-    """The power goes off before step `off_at`, and stays off: no later step happens either."""
+    """The power goes off before a system call, or in the middle of it if it writes, and stays off:
+    no later call happens either.
+    """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.off_at: int | None = None
+    def __init__(self, medium: Medium | None = None) -> None:
+        super().__init__(medium)
+        self._off_at: int | None = None
         self.off = threading.Event()
         self.on_off: Callable[[], object] = lambda: None
 
-    def arm(self, steps: int) -> None:
-        """Let so many more steps happen."""
-        self.off_at = len(self.steps) + steps
+    def arm(self, calls: int) -> None:
+        """Let so many more system calls happen."""
+        self._off_at = len(self.calls) + calls
 
-    def before(self, kind: str) -> None:
-        if self.off_at is not None and len(self.steps) > self.off_at:
+    def perform(self, call: Call) -> Any:
+        if self._off_at is None or call.number < self._off_at:
+            return super().perform(call)
+        # Only the write that the power goes off in leaves a part; later ones never begin.
+        if not self.off.is_set():
+            call.do_half()
             self.off.set()
             self.on_off()
-            raise PowerOff
-
-    @contextlib.contextmanager
-    def _halved(self, write: Callable[[bytes], None], data: bytes) -> Iterator[None]:
-        # Only the write that the power goes off in leaves a part; later ones never begin.
-        was_off = self.off.is_set()
-        try:
-            yield
-        except BaseException:
-            if not was_off:
-                write(data[: len(data) // 2])
-            raise
-
-
-class Volatile(Unplugged):
-    """Also knows what is on stable storage: contents since `sync`, names since `sync_path`.
-
-    Stricter than any file system: a file's own sync does not keep its name. `root` and what is
-    in it at first is durable.
-    """
-
-    def __init__(self, root: Path) -> None:
-        super().__init__()
-        self._root = root
-        # Holding a file open keeps its inode from being given to another one.
-        self._held: dict[int, int] = {}
-        self._content: dict[int, bytes] = {}
-        self._names: dict[str, dict[str, int | None]] = {}
-        for directory, _, files in os.walk(root):
-            self._remember_names(directory)
-            for name in files:
-                self._remember(os.path.join(directory, name))
-
-    def sync(self, descriptor: int) -> None:
-        # As it was before: what another thread writes meanwhile is not covered.
-        before = self._now(f"/proc/self/fd/{descriptor}")
-        super().sync(descriptor)
-        self._content[before[0]] = before[1]
-
-    def sync_path(self, path: StrPath) -> None:
-        if os.path.isdir(path):
-            names = self._listed(path)
-            super().sync_path(path)
-            self._names[os.fspath(path)] = names
-            return
-        try:
-            before = self._now(path)
-        except FileNotFoundError:
-            super().sync_path(path)
-            return
-        super().sync_path(path)
-        self._content[before[0]] = before[1]
-
-    def close(self) -> None:
-        """Release what is held."""
-        for descriptor in self._held.values():
-            os.close(descriptor)
-        self._held.clear()
-
-    def after_loss(self, target: Path, chance: Random | None) -> None:
-        """Write to `target` what is there when the power is back.
-
-        With `chance`, of what was not synced anything may have reached the disk; without, nothing.
-        """
-        self._restore(os.fspath(self._root), target, chance)
-
-    def _restore(self, directory: str, target: Path, chance: Random | None) -> None:
-        target.mkdir(mode=0o700)
-        durable = self._names.get(directory, {})
-        current = self._listed(directory) if os.path.isdir(directory) else {}
-        for name in sorted(durable.keys() | current.keys()):
-            choices = [durable, current] if chance is not None else [durable]
-            names = choices[0] if chance is None else chance.choice(choices)
-            if name not in names:
-                continue
-            inode = names[name]
-            if inode is None:
-                self._restore(f"{directory}/{name}", target / name, chance)
-            else:
-                (target / name).write_bytes(self._lost(inode, chance))
-                os.chmod(target / name, 0o600)
-
-    def _lost(self, inode: int, chance: Random | None) -> bytes:
-        synced = self._content.get(inode, b"")
-        if chance is None:
-            return synced
-        current = _read_all(self._held[inode])
-        match chance.randrange(4):
-            case 0:
-                return synced
-            case 1:
-                return current
-            case 2:
-                # A part of it, in place of what was there.
-                cut = chance.randint(0, len(current))
-                return current[:cut] + synced[cut:]
-            case _:
-                # The size reached the disk, a part of the bytes did not.
-                begin = chance.randint(len(synced), max(len(synced), len(current)))
-                return synced + bytes(max(0, begin - len(synced))) + current[begin:]
-
-    def _now(self, path: StrPath) -> tuple[int, bytes]:
-        inode = self._hold(path)
-        return inode, _read_all(self._held[inode])
-
-    def _remember(self, path: StrPath) -> None:
-        inode, content = self._now(path)
-        self._content[inode] = content
-
-    def _remember_names(self, directory: StrPath) -> None:
-        self._names[os.fspath(directory)] = self._listed(directory)
-
-    def _listed(self, directory: StrPath) -> dict[str, int | None]:
-        """Each name's inode; None for directories."""
-        found: dict[str, int | None] = {}
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    found[entry.name] = None if entry.is_dir() else self._hold(entry.path)
-        return found
-
-    def _hold(self, path: StrPath) -> int:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        inode = os.fstat(descriptor).st_ino
-        if inode in self._held:
-            os.close(descriptor)
-        else:
-            self._held[inode] = descriptor
-        return inode
-
-
-def _read_all(descriptor: int) -> bytes:
-    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        raise PowerOff

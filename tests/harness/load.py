@@ -98,7 +98,7 @@ async def until_gone(work: Awaitable[None]) -> None:
 def read_log(data_dir: Path) -> list[Line]:
     """All events; they have no gap and no repeat. What follows a torn line is none."""
     lines: list[Line] = []
-    for path in sorted((data_dir / "events").iterdir()):
+    for path in sorted((data_dir / "events").glob("*")):
         assert int(path.name[6:18]) == len(lines), path.name
         for raw in path.read_bytes().splitlines(keepends=True):
             try:
@@ -134,7 +134,7 @@ class Grown:
         for name, (size, digest) in self._known.items():
             data = (self._events / name).read_bytes()
             assert hashlib.sha256(data[:size]).hexdigest() == digest, name
-        for path in self._events.iterdir():
+        for path in self._events.glob("*"):
             data = path.read_bytes()
             self._known[path.name] = (len(data), hashlib.sha256(data).hexdigest())
 

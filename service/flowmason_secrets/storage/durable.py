@@ -1,12 +1,13 @@
 """The only place that writes, syncs, renames or unlinks: faults are injected here and nowhere else.
 
-Blocking: called in worker threads only.
+All of it goes through `os`, which the tests replace. Blocking: called in worker threads only.
 """
 
 import contextlib
 import ctypes
 import os
 import stat
+import sys
 from pathlib import Path
 
 StrPath = str | Path
@@ -17,9 +18,6 @@ SHARED_FILE = 0o640
 
 # Linux has it, Python does not.
 _syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-
-# macOS has no fdatasync.
-_sync_data = getattr(os, "fdatasync", os.fsync)
 
 
 class ShortWrite(OSError):
@@ -45,9 +43,9 @@ class Durable:
 
     def restrict(self, path: Path, mode: int = PRIVATE_DIR) -> None:
         """Take from a directory's mode what goes beyond `mode`."""
-        current = stat.S_IMODE(path.stat().st_mode)
+        current = stat.S_IMODE(os.stat(path).st_mode)
         if current & ~mode:
-            path.chmod(current & mode)
+            os.chmod(path, current & mode)
 
     def open_append(self, path: Path, mode: int) -> int:
         """A descriptor that appends to `path`; a file it creates has exactly `mode`."""
@@ -79,7 +77,11 @@ class Durable:
 
     def sync(self, descriptor: int) -> None:
         """Return when what was written to the file is on stable storage."""
-        _sync_data(descriptor)
+        # macOS has no fdatasync.
+        if sys.platform == "darwin":
+            os.fsync(descriptor)
+        else:
+            os.fdatasync(descriptor)
 
     def sync_path(self, path: StrPath) -> None:
         """Like `sync`, of a file or the names in a directory; one that is gone needs no sync."""

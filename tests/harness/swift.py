@@ -1,0 +1,41 @@
+"""What makes a table quick, and every run of it the same: no threads, and no key derived twice."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import pytest
+
+from flowmason_secrets.core import keyring
+from flowmason_secrets.index import sqlite
+from flowmason_secrets.storage import files, staging
+
+_derive = functools.cache(keyring._pbkdf2)
+
+
+class Inline(Executor):
+    """Takes the place of a thread pool: does at once what it is given."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Do it now."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def swiftly(patch: pytest.MonkeyPatch, many: int) -> None:
+    """Let services that are opened from now on do all in the thread of their loop, and settle
+    their journals as soon as they can; from `many` files on by syncing the whole file system.
+    """
+    patch.setattr(files, "ThreadPoolExecutor", Inline)
+    patch.setattr(sqlite, "ThreadPoolExecutor", Inline)
+    patch.setattr(keyring, "_pbkdf2", _derive)
+    patch.setattr(files, "SETTLE_AFTER", 0.0)
+    patch.setattr(staging, "_MANY", many)
