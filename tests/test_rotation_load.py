@@ -108,15 +108,18 @@ async def reading(
         stdout=asyncio.subprocess.PIPE,
     )
     seen = Seen()
-    async with session(server.url, key) as client:
-        tasks = [asyncio.create_task(read_on(client, seen, Random(n))) for n in range(CLIENTS)]
-        try:
-            yield Readers(seen, Library(process))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-    await process.communicate()
+    try:
+        async with session(server.url, key) as client:
+            tasks = [asyncio.create_task(read_on(client, seen, Random(n))) for n in range(CLIENTS)]
+            try:
+                yield Readers(seen, Library(process))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+    finally:
+        # It ends with its stdin, which only an input closes.
+        await process.communicate(b"")
     assert process.returncode == 0
 
 
