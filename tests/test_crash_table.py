@@ -39,7 +39,7 @@ async def test_every_step_of_durable_is_in_the_table(
 ) -> None:
     steps: set[str] = set()
     for name, operation in OPERATIONS.items():
-        swiftly(monkeypatch, operation.many)
+        swiftly(monkeypatch)
         root, truth = await beginnings.copy(operation, fast / name)
         disk = Watched()
         await run(operation, root, disk, truth)
@@ -57,7 +57,7 @@ async def test_the_process_dies(
     Dying before a call is dying after the one before it.
     """
     operation = OPERATIONS[name]
-    swiftly(monkeypatch, operation.many)
+    swiftly(monkeypatch)
     root, truth = await beginnings.copy(operation, fast / "running")
     deaths: list[tuple[str, Path, Truth]] = []
 
@@ -122,7 +122,7 @@ async def test_a_system_call_fails(
 ) -> None:
     """The caller learns what he can rely on, and the same process goes on when it can."""
     operation = OPERATIONS[name]
-    swiftly(monkeypatch, operation.many)
+    swiftly(monkeypatch)
     root, truth = await beginnings.copy(operation, fast / "sound")
     watched = Watched()
     await run(operation, root, watched, truth)

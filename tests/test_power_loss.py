@@ -28,7 +28,7 @@ async def test_what_was_not_synced_is_lost(
 ) -> None:
     """After every system call, and in the middle of each that writes."""
     operation = OPERATIONS[name]
-    swiftly(monkeypatch, operation.many)
+    swiftly(monkeypatch)
     running, truth = await beginnings.copy(operation, fast / "running")
     medium = Volatile(running.parent)
     losses: list[tuple[str, Path, Truth]] = []

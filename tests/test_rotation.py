@@ -177,6 +177,16 @@ async def test_others_read_the_key_file_when_they_meet_an_unknown_key(
         assert rotations(data_dir)[-1]["details"] == {"kind": "retire", "to": ID_2, "from": [ID_1]}
 
 
+async def test_others_let_go_of_a_retired_key(data_dir: Path, key_file: Path) -> None:
+    async with opened(data_dir, key_file) as one, opened(data_dir, key_file) as two:
+        await put(one, "NAME", "value")
+        await one.rotation.use(ACME, TWO)
+        await one.rotation.finish(ACME)
+        assert await get(two, "NAME") == "value"
+        await one.rotation.retire(ACME, ())
+        assert await usage(two) == {ID_2: (1, "active")}
+
+
 async def test_nothing_is_written_under_the_old_key_once_it_has_begun(
     data_dir: Path, key_file: Path
 ) -> None:

@@ -46,10 +46,7 @@ class MasterKeys:
             return
         async with self._changing:
             if key_id not in self.keyring.held:
-                try:
-                    await self._reload()
-                except ConfigurationError as error:
-                    _log.error("the master keys can't be read again: %s", error)
+                await self._try_reload()
             if key_id in self.keyring.held and not self.keyring.derived(org_id, key_id):
                 await asyncio.to_thread(self.keyring.derive, org_id, key_id)
 
@@ -60,6 +57,13 @@ class MasterKeys:
         while not keyring.derived(org_id, keyring.active):
             await self.prepare(org_id, keyring.active)
         return keyring.active, keyring.encrypt(org_id, value)
+
+    async def refresh(self) -> None:
+        """Read the keys anew if they can be read; else those that are held stay, and the log of
+        this process says so.
+        """
+        async with self._changing:
+            await self._try_reload()
 
     async def reload(self) -> None:
         """Read the keys anew.
@@ -91,6 +95,12 @@ class MasterKeys:
         async with self._changing:
             await aiofiles.os.wrap(self._source.drop)(key_ids)
             await self._reload()
+
+    async def _try_reload(self) -> None:
+        try:
+            await self._reload()
+        except ConfigurationError as error:
+            _log.error("the master keys can't be read again: %s", error)
 
     async def _reload(self) -> None:
         # Before it reads: what changes in between makes it outdated.

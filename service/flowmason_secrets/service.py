@@ -236,7 +236,9 @@ class Service:
         Raises:
             LogUnavailable, IndexUnavailable: it can't be found out now.
         """
-        await self.gate.is_current(Intent(None, ()))
+        if not await self.gate.is_current(Intent(None, (self._master.depends,))):
+            # Keys that others have retired are not held any more.
+            await self._master.refresh()
         counts = await self._index.key_counts(self._store.position)
         keyring = self._master.keyring
         return [

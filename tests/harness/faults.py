@@ -163,9 +163,6 @@ def _call(name: str, function: Callable[..., Any], *arguments: Any, **options: A
 
 
 vars(durable)["os"] = _System()
-if durable._syncfs is not None:
-    # The only system call that `os` does not have.
-    vars(durable)["_syncfs"] = functools.partial(_call, "syncfs", durable._syncfs)
 
 
 class Faulty(Watched):

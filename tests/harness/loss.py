@@ -30,10 +30,6 @@ class Volatile(Medium):
 
     def perform(self, call: Call) -> Any:
         """Do the call, and remember what it made durable."""
-        if call.name == "syncfs":
-            result = call.do()
-            self._remember_all()
-            return result
         if call.name not in SYNCS:
             return call.do()
         descriptor = call.arguments[0]
@@ -43,7 +39,9 @@ class Volatile(Medium):
             directory = os.readlink(path)
             names = self._listed(directory)
             result = call.do()
-            self._names[directory] = names
+            # A new name is no data: fdatasync need not keep it.
+            if call.name == "fsync":
+                self._names[directory] = names
         else:
             inode, content = self._now(path)
             result = call.do()

@@ -251,14 +251,11 @@ async def rotated(root: Path) -> Truth:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What is done, on a directory that is how it begins; `segment` is the segments' size, and
-    from `many` published files on the whole file system is synced.
-    """
+    """What is done, on a directory that is how it begins; `segment` is the segments' size."""
 
     act: Act
     begin: Callable[[Path], Awaitable[Truth]] = settled
     segment: int = WHOLE
-    many: int = 256
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -283,7 +280,6 @@ OPERATIONS: dict[str, Operation] = {
     "new master key": Operation(use_new_key),
     "rotation step": Operation(rotate, rotating),
     "rotation step, new segment": Operation(rotate, rotating, segment=1),
-    "rotation step, many secrets": Operation(rotate, rotating, many=1),
     "old master key retired": Operation(retire, rotated),
     "opening what anybody may read": Operation(read, loose),
     "first start": Operation(put("OLD", "first"), empty),

@@ -9,7 +9,7 @@ import pytest
 
 from flowmason_secrets.core import keyring
 from flowmason_secrets.index import sqlite
-from flowmason_secrets.storage import files, staging
+from flowmason_secrets.storage import files
 
 _derive = functools.cache(keyring._pbkdf2)
 
@@ -30,12 +30,11 @@ class Inline(Executor):
         return future
 
 
-def swiftly(patch: pytest.MonkeyPatch, many: int) -> None:
+def swiftly(patch: pytest.MonkeyPatch) -> None:
     """Let services that are opened from now on do all in the thread of their loop, and settle
-    their journals as soon as they can; from `many` files on by syncing the whole file system.
+    their journals as soon as they can.
     """
     patch.setattr(files, "ThreadPoolExecutor", Inline)
     patch.setattr(sqlite, "ThreadPoolExecutor", Inline)
     patch.setattr(keyring, "_pbkdf2", _derive)
     patch.setattr(files, "SETTLE_AFTER", 0.0)
-    patch.setattr(staging, "_MANY", many)

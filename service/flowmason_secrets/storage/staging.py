@@ -16,9 +16,6 @@ from .durable import PRIVATE_FILE, Durable
 
 _log = logging.getLogger(__name__)
 
-# From so many files on, it takes less time to sync the whole file system.
-_MANY = 256
-
 _SUFFIX = ".journal"
 _JOURNAL = re.compile(r"[0-9]{12}-[0-9a-f]+\.journal")
 
@@ -57,9 +54,7 @@ class Journal:
     def settle(self) -> None:
         """Make durable what was published from this journal, then remove it. It is closed then."""
         try:
-            # Its descriptor is older than what was published: no error of writing goes unnoticed.
-            if len(self.published) < _MANY or not self._durable.sync_file_system(self._descriptor):
-                sync_published(self.published, self._durable)
+            sync_published(self.published, self._durable)
             self._durable.unlink(self.path)
         finally:
             self.close()
