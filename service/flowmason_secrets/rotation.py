@@ -21,7 +21,7 @@ from .gate import Gate
 from .masterkeys import MasterKeys
 
 # Secrets whose files are written while the commit lock is held: a read waits for as many.
-BATCH = 64
+BATCH = 32
 
 _BEGIN, _BATCH, _RETIRE = "begin", "batch", "retire"
 

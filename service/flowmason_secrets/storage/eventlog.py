@@ -103,9 +103,8 @@ class EventLog:
         Raises:
             LogDamaged: a segment does not begin with the seq in its name.
         """
-        for whole in self._chunks():
-            for raw in whole.splitlines():
-                yield wire.decode_line(raw)
+        for lines in self._chunks():
+            yield from lines
 
     def append(self, events: Sequence[Event]) -> str:
         """Number the events, write them as lines and return when they are on stable storage.
@@ -175,7 +174,7 @@ class EventLog:
         self._torn = False
         self._foreign_name = True
 
-    def _chunks(self) -> Iterator[bytes]:
+    def _chunks(self) -> Iterator[list[Line]]:
         """Whole valid lines behind the known end, a mebibyte at a time, segment after segment."""
         while True:
             if self._segment is not None:
@@ -185,15 +184,15 @@ class EventLog:
                 return
             self._enter(self.position)
 
-    def _rest(self, segment: _Segment) -> Iterator[bytes]:
+    def _rest(self, segment: _Segment) -> Iterator[list[Line]]:
         with segment.path.open("rb") as file:
             file.seek(segment.end)
             while data := file.read(_CHUNK) + file.readline():
-                valid = self._valid(data)
-                if valid:
-                    self._advance(segment, valid)
-                    yield valid
-                if len(valid) < len(data):
+                lines, size = self._valid(data)
+                if lines:
+                    self._advance(segment, lines, size)
+                    yield lines
+                if size < len(data):
                     # Left where it is (shippers have read it); the next event opens a new segment.
                     self._torn = True
                     break
@@ -203,25 +202,29 @@ class EventLog:
                 "Compare it with your shipped copy before you go on."
             )
 
-    def _valid(self, data: bytes) -> bytes:
-        """The lines at the start of `data` that continue the log; what follows them is torn."""
+    def _valid(self, data: bytes) -> tuple[list[Line], int]:
+        """The lines at the start of `data` that continue the log, and their size in bytes; what
+        follows them is torn.
+        """
+        lines: list[Line] = []
         size = 0
         for seq, raw in enumerate(data.split(b"\n")[:-1], self.position):
             try:
-                if wire.decode_line(raw)["seq"] != seq:
-                    break
+                line = wire.decode_line(raw)
             except wire.Malformed:
                 break
+            if line["seq"] != seq:
+                break
+            lines.append(line)
             size += len(raw) + 1
-        return data[:size]
+        return lines, size
 
-    def _advance(self, segment: _Segment, valid: bytes) -> None:
+    def _advance(self, segment: _Segment, lines: list[Line], size: int) -> None:
         if segment.end == 0:
-            segment.born = _time(valid[: valid.index(b"\n")])
-        segment.end += len(valid)
-        self.position += valid.count(b"\n")
-        last = valid[valid.rfind(b"\n", 0, -1) + 1 :]
-        self._last_time = max(self._last_time, _time(last))
+            segment.born = _time(lines[0])
+        segment.end += size
+        self.position += len(lines)
+        self._last_time = max(self._last_time, _time(lines[-1]))
 
     def _roll(self, now: float) -> _Segment:
         """Begin a new segment. It appears with its header line whole and durable, or not at all."""
@@ -251,8 +254,8 @@ class EventLog:
         return segment
 
 
-def _time(line: bytes) -> float:
-    return times.parse_stored(wire.decode_line(line)["time"])
+def _time(line: Line) -> float:
+    return times.parse_stored(line["time"])
 
 
 class ChunkReader:
