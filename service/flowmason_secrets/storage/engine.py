@@ -52,8 +52,8 @@ class Engine:
         self._lock: int | None = None
         self._changes = Changes(0)
         self._journal: Journal | None = None
-        # Whether the log may hold lines of others that nobody has synced.
-        self._foreign = False
+        # Whether the log may hold lines that nobody has synced.
+        self._unsynced = False
         self.position = 0
 
     @property
@@ -65,7 +65,7 @@ class Engine:
         """One verdict for each intent; see `Store.commit`."""
         lock = self._acquire()
         try:
-            return self._commit(batch, self._caught_up(lock), lock)
+            verdicts = self._commit(batch, self._caught_up(lock), lock)
         except OSError as error:
             self._abandon()
             raise _unavailable(error) from error
@@ -74,6 +74,7 @@ class Engine:
             raise
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
+        return self._durable(verdicts)
 
     def seal_journal(self) -> Journal | None:
         """Take the journal out of use, to be settled: in this thread, the settling in any other."""
@@ -134,7 +135,7 @@ class Engine:
                     self._changes.record(ref, line["seq"] + 1)
                     self._env.cache.drop(ref)
                     unpublished |= line["seq"] >= published
-            self._foreign = True
+            self._unsynced = True
             if unpublished:
                 self._recover(log, lock)
             self.position = log.position
@@ -155,7 +156,7 @@ class Engine:
             log.close()
             raise
         self._log = log
-        self._foreign = True
+        self._unsynced = True
         # Whatever was read before this is read again.
         self._changes = Changes(log.position)
         env.cache.clear()
@@ -196,10 +197,6 @@ class Engine:
         try:
             if admission.events:
                 self._append(admission.events, batch, verdicts, log, lock)
-            elif self._foreign:
-                # The process that appended these lines may have died before it synced them.
-                log.sync()
-            self._foreign = False
         except wire.Unwritable as error:
             refused = {admission.events[n][0]: reason for n, reason in error.reasons.items()}
             return self._without(batch, refused, log, lock)
@@ -208,6 +205,23 @@ class Engine:
             self._abandon()
             for index, _ in admission.events:
                 verdicts[index] = _unavailable(error)
+        return verdicts
+
+    def _durable(self, verdicts: list[Verdict]) -> list[Verdict]:
+        """The verdicts, once every line that they rest on is on stable storage.
+
+        Without the lock: whoever appends behind these lines meanwhile syncs them with his own, and
+        no change waits here to be published. So several processes sync at once.
+        """
+        if self._log is None or not self._unsynced:
+            return verdicts
+        try:
+            self._log.sync()
+        except OSError as error:
+            # What needs no event is answered all the same.
+            self._abandon()
+            return [_unavailable(error) if isinstance(v, Receipt) else v for v in verdicts]
+        self._unsynced = False
         return verdicts
 
     def _without(
@@ -240,7 +254,10 @@ class Engine:
         if changes:
             self._stage(changes, log.position)
         log.append([event for _, event in admitted])
+        self._unsynced = True
         if changes:
+            log.sync()
+            self._unsynced = False
             self._publish([change for _, change in changes], log, lock)
         for seq, (index, event) in enumerate(admitted, log.position - len(admitted)):
             verdicts[index] = Receipt(seq, event.id)
