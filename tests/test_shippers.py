@@ -6,18 +6,23 @@ rsyslog and syslog-ng run with the very configurations of `deploy/shippers`, but
 import asyncio
 import json
 import os
+import re
 import time
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import yaml
 
 from flowmason_secrets.core.events import MAX_LINE, Event, Ids
 from flowmason_secrets.core.ports import Sources
 from flowmason_secrets.storage import wire
 from flowmason_secrets.storage.durable import Durable
 from flowmason_secrets.storage.eventlog import (
+    HEADER_BYTES,
     EventLog,
     SegmentLimits,
     segment_name,
@@ -27,6 +32,7 @@ from flowmason_secrets.storage.eventlog import (
 from .harness.load import Known, Seen, read_on, until_gone, write_on
 from .harness.server import ServerProcess, issue_key, session
 from .harness.shippers import (
+    CONFIGURATIONS,
     HOST,
     RSYSLOG,
     SYSLOG_NG,
@@ -150,7 +156,10 @@ async def under_load(data_dir: Path, log: Log, key: str, number: int, shipper: S
             tasks = [asyncio.create_task(until_gone(work)) for work in works]
             await log.grow(GROWTH // 2)
             if number % 2:
-                await shipper.restart()
+                # What it knew is removed meanwhile, and what it doesn't know has those inodes.
+                await shipper.stop()
+                await log.grow(GROWTH)
+                await shipper.start()
             await log.grow(GROWTH // 2)
             assert not any(task.done() for task in tasks)
             await server.kill()
@@ -170,7 +179,8 @@ async def test_every_line_is_shipped_once(kind: Kind, tmp_path: Path, data_dir: 
             await under_load(data_dir, log, key, number, shipper)
             log.tear(torn)
             if number % 2 == 0:
-                await shipper.restart()
+                await shipper.stop()
+                await shipper.start()
                 log.append_longest(10)
             assert not removing.done(), removing.exception()
         removing.cancel()
@@ -212,3 +222,83 @@ def reuses_inodes(directory: Path) -> bool:
         inodes.append((directory / name).stat().st_ino)
         (directory / name).unlink()
     return inodes[0] == inodes[1]
+
+
+# --- the configurations themselves ----------------------------------------------------------
+
+GLOB = "/var/lib/flowmason/secrets/events/audit-*.ndjson"
+
+
+def parsed(name: str) -> Any:
+    """A configuration in YAML or TOML."""
+    text = (CONFIGURATIONS / name).read_text(encoding="utf-8")
+    return tomllib.loads(text) if name.endswith(".toml") else yaml.safe_load(text)
+
+
+def options(name: str) -> set[str]:
+    """The options that a configuration has before it says where to send."""
+    text = (CONFIGURATIONS / name).read_text(encoding="utf-8").partition("# Where to.")[0]
+    text = re.sub(r"^ *#.*", "", text, flags=re.MULTILINE)
+    if name == "syslog-ng.conf":
+        return set(re.findall(r"([a-z-]+)\(", text))
+    if name == "rsyslog.conf":
+        return set(re.findall(r"([A-Za-z.]+)=\"", text))
+    if name.endswith(".toml"):
+        return set(re.findall(r"^([a-z_.]+) =", text, re.MULTILINE))
+    return set(re.findall(r"^[ -]*([a-z_.]+): \S", text, re.MULTILINE))
+
+
+NAMES = sorted(path.name for path in CONFIGURATIONS.iterdir() if path.suffix != ".md")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_says_why_each_option_is_there(name: str) -> None:
+    readme = (CONFIGURATIONS / "README.md").read_text(encoding="utf-8")
+    section = readme.partition(f"### `{name}`\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+    explained = set(re.findall(r"`([A-Za-z_.-]+)`", section))
+    found = options(name)
+    assert len(found) > 5
+    assert found - explained == set()
+
+
+def test_fluent_bit() -> None:
+    configuration = parsed("fluent-bit.yaml")
+    (tail,) = configuration["pipeline"]["inputs"]
+    (output,) = configuration["pipeline"]["outputs"]
+    assert (tail["path"], tail["tag"]) == (GLOB, output["match"])
+    assert tail["read_from_head"] is tail["db.compare_filename"] is True
+    assert {"db", "key"} < tail.keys()
+    assert int(tail["buffer_chunk_size"].removesuffix("k")) << 10 > MAX_LINE
+
+
+def test_vector() -> None:
+    configuration = parsed("vector.toml")
+    source = configuration["sources"]["flowmason_secrets"]
+    assert source["include"] == [GLOB]
+    assert (source["read_from"], source["oldest_first"]) == ("beginning", True)
+    # The first line of a segment is the one with the random id.
+    assert source["fingerprint"] == {"strategy": "checksum", "lines": 1, "ignored_header_bytes": 0}
+    assert source["max_line_bytes"] > MAX_LINE
+    assert configuration["sinks"]["collector"]["inputs"] == ["flowmason_secrets"]
+
+
+def test_filebeat() -> None:
+    (source,) = parsed("filebeat.yml")["filebeat.inputs"]
+    assert source["paths"] == [GLOB]
+    # Smaller files are not read at all.
+    fingerprint = source["prospector.scanner.fingerprint"]
+    assert fingerprint == {"enabled": True, "offset": 0, "length": HEADER_BYTES}
+    assert "file_identity.fingerprint" in source
+    assert source["message_max_bytes"] > MAX_LINE
+
+
+def test_opentelemetry_collector() -> None:
+    configuration = parsed("otel-collector.yaml")
+    receiver = configuration["receivers"]["filelog"]
+    assert (receiver["include"], receiver["start_at"]) == ([GLOB], "beginning")
+    # Anything else sends a torn tail as a line.
+    assert receiver["force_flush_period"] == 0
+    assert receiver["fingerprint_size"] == "1kb"
+    assert receiver["storage"] in configuration["service"]["extensions"]
+    assert receiver["storage"] in configuration["extensions"]
+    assert configuration["service"]["pipelines"]["logs"]["receivers"] == ["filelog"]

@@ -202,15 +202,11 @@ class Shipper:
             assert await self._process.wait() == 0, self.said
         self._pid_file.unlink(missing_ok=True)
 
-    async def restart(self) -> None:
-        """Stop it, and start it again."""
-        await self.stop()
-        await self.start()
-
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """SIGKILL, if it still runs."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+            await self._process.wait()
 
 
 @contextlib.asynccontextmanager
@@ -225,7 +221,7 @@ async def shipping(
         try:
             yield shipper, collector
         finally:
-            shipper.kill()
+            await shipper.kill()
 
 
 def differences(written: Sequence[bytes], shipped: Sequence[bytes]) -> list[str]:
