@@ -21,18 +21,20 @@ from .test_cli import PROGRAM, environment, local, run
 
 
 class Certificate:
-    """A self-signed certificate for 127.0.0.1, and its key with and without a password."""
+    """A self-signed certificate of a host at 127.0.0.1, and its key, also with a password."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str = "test") -> None:
         key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
         now = datetime.datetime.now(datetime.UTC)
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
         certificate = (
             x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+            .add_extension(
+                x509.SubjectAlternativeName([x509.DNSName(host), address]), critical=False
+            )
             .sign(key, hashes.SHA256())
         )
         self.path = directory / "cert.pem"
