@@ -48,8 +48,8 @@ class Durable:
         return self._open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, mode)
 
     def open_existing(self, path: Path) -> int:
-        """A descriptor that appends to a file that must be there."""
-        return os.open(path, os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC)
+        """A descriptor that reads, and appends to, a file that must be there."""
+        return os.open(path, os.O_APPEND | os.O_RDWR | os.O_CLOEXEC)
 
     def open_slot(self, path: Path) -> int:
         """A descriptor for `put_slot` and for locking."""

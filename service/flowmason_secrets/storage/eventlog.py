@@ -184,17 +184,15 @@ class EventLog:
             self._enter(self.position)
 
     def _rest(self, segment: _Segment) -> Iterator[list[Line]]:
-        with segment.path.open("rb") as file:
-            file.seek(segment.end)
-            while data := file.read(_CHUNK) + file.readline():
-                lines, size = self._valid(data)
-                if lines:
-                    self._advance(segment, lines, size)
-                    yield lines
-                if size < len(data):
-                    # Left where it is (shippers have read it); the next event opens a new segment.
-                    self._torn = True
-                    break
+        while data := _behind(segment):
+            lines, size = self._valid(data)
+            if lines:
+                self._advance(segment, lines, size)
+                yield lines
+            if size < len(data):
+                # Left where it is (shippers have read it); the next event opens a new segment.
+                self._torn = True
+                break
         if segment.end == 0:
             raise LogDamaged(
                 f"{segment.path.name} does not begin with event {segment.first}. "
@@ -251,6 +249,13 @@ class EventLog:
         self.position = first + 1
         self._last_time = now
         return segment
+
+
+def _behind(segment: _Segment) -> bytes:
+    """What follows the known end: a mebibyte at most, and then up to the end of a line."""
+    missing = os.fstat(segment.descriptor).st_size - segment.end
+    data = os.pread(segment.descriptor, min(missing, _CHUNK), segment.end)
+    return data if len(data) == missing else data[: data.rfind(b"\n") + 1] or data
 
 
 def _time(line: Line) -> float:
