@@ -133,6 +133,8 @@ TABLE = {
     f"DELETE {SECRETS}/{{name}}": {F},
     f"GET {SECRETS}/{{name}}/metadata": {F, R, E, D},
     f"GET {AUDIT}": {F, R},
+    f"GET {AUDIT}/stream": {F, R},
+    f"GET {AUDIT}/export": {F, R},
     f"POST {API_KEYS}": {F},
     f"GET {API_KEYS}": {F},
     f"DELETE {API_KEYS}/{{id}}": {F},
