@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -11,6 +12,8 @@ import orjson
 from flowmason_secrets.core.events import Event
 from flowmason_secrets.core.intents import Intent
 from flowmason_secrets.service import Service
+
+from .server import ServerProcess
 
 AUDIT = "/api/v1/auth/audit-log"
 
@@ -141,3 +144,17 @@ async def fill(service: Service, count: int, orgs: tuple[str, ...] = ("acme",)) 
             for number in range(start, min(start + 5000, count))
         ]
         await asyncio.gather(*(service.gate.submit(Intent(event, ())) for event in events))
+
+
+def resident(server: ServerProcess) -> int:
+    """Kibibytes of memory that a server has."""
+    assert server.process is not None
+    command = ("ps", "-o", "rss=", "-p", str(server.process.pid))
+    return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Return as soon as it holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
