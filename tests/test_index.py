@@ -157,10 +157,11 @@ def scan(log: FakeLog, q: AuditQuery, position: int) -> list[Line]:
         and (q.since is None or times.parse(line["time"], "") >= q.since)
         and (q.until is None or times.parse(line["time"], "") < q.until)
         and (q.before is None or line["seq"] < q.before)
+        and (q.after is None or line["seq"] > q.after)
         and (not q.allow or line["resource_type"] == "secret")
         and _may_name(q.allow, line["name"])
     ]
-    return found[::-1][q.offset : q.offset + q.limit]
+    return found[:: 1 if q.after is not None else -1][q.offset : q.offset + q.limit]
 
 
 def scan_secrets(log: FakeLog, q: ListQuery) -> list[Metadata]:
@@ -230,6 +231,7 @@ async def check(log: FakeLog, index: Index) -> None:
         AuditQuery("acme", limit=7, offset=40),
         AuditQuery("globex", name="b%1"),
         AuditQuery("acme", action="secret.read", success=False, actor="key_2"),
+        AuditQuery("acme", after=20, limit=90),
         AuditQuery("acme", allow=("b[1]", "a"), limit=1000),
         AuditQuery("nobody"),
     ):
@@ -260,6 +262,7 @@ audits = st.builds(
     limit=st.sampled_from((0, 1, 3, 1000)),
     offset=st.sampled_from((0, 0, 1, 17, 60)),
     allow=allows,
+    after=st.none() | st.integers(-1, 220) | st.just(10**30),
 )
 listings = st.builds(
     ListQuery,

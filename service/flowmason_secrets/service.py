@@ -22,6 +22,7 @@ from .core.records import (
     Ref,
     SecretRecord,
 )
+from .following import Following
 from .gate import QUEUE_LIMIT, Gate
 from .keys import ApiKeys
 from .masterkeys import MasterKeys
@@ -53,6 +54,7 @@ class Service:
         self.failures = Failures(self.gate, sources.new_id)
         self._path = Path(store, self.gate, self.authentication, master, sources.new_id)
         self.keys = ApiKeys(store, self._path, sources.clock)
+        self.following = Following((store, index), self.gate, self._path, sources.clock)
         self.rotation = Rotation((store, index), self.gate, self._path, master, sources.new_id)
         self._locks: WeakValueDictionary[Ref, asyncio.Lock] = WeakValueDictionary()
 

@@ -130,6 +130,7 @@ async def serve(
             await _obey(orders, service)
             for site in sites:
                 await site.stop()
+            service.following.end()
             # aiohttp's own end discards bodies that are still arriving.
             await dispatcher.drain(DRAIN)
         finally:

@@ -1,13 +1,11 @@
 """One handler per route: from the request to the use case and back."""
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import msgspec
 import orjson
@@ -17,13 +15,12 @@ from ..core.drafts import Draft, KeyDraft
 from ..core.errors import IndexUnavailable, InvalidInput
 from ..core.events import Receipt
 from ..core.keyring import Plaintext
-from ..core.ports import AuditQuery, ListQuery
+from ..core.ports import ListQuery
 from ..service import Service
-from . import requests, shapes
+from . import paging, requests, shapes
 from .answers import Answer, json_answer
 from .requests import Call
 
-PAGE = 1000
 # How long a readiness check waits for what only the index knows.
 _INDEX_SECONDS = 1.0
 # "All of them" of a listing.
@@ -89,7 +86,7 @@ async def list_secrets(service: Service, call: Call) -> Answer:
     """The secrets of the organisation, without their values."""
     query, now = call.query, time.time()
     paged = "limit" in query or "cursor" in query
-    limit = requests.number(query, "limit", PAGE, PAGE)
+    limit = requests.number(query, "limit", paging.PAGE, paging.PAGE)
     category = query.get("category")
     if category is not None and category not in names.CATEGORIES:
         raise InvalidInput("category", f"must be one of {', '.join(names.CATEGORIES)}")
@@ -99,7 +96,7 @@ async def list_secrets(service: Service, call: Call) -> Answer:
         category=category,
         prefix=query.get("prefix"),
         expired=requests.boolean(query, "expired"),
-        after=_decode_cursor(query.get("cursor")),
+        after=paging.decode_cursor(query.get("cursor")),
         # One more than asked for tells whether there is a next page.
         limit=limit + 1 if paged else _UNLIMITED,
     )
@@ -109,33 +106,8 @@ async def list_secrets(service: Service, call: Call) -> Answer:
         kept = page[: limit - count] if paged else page
         pieces += [msgspec.json.encode(entry.shown(now)) for entry in kept]
         last, count = (kept[-1].name if kept else last), count + len(page)
-    headers = _next(call, last) if paged and count > limit else {}
+    headers = paging.link(call, last) if paged and count > limit else {}
     return json_answer(b"[" + b",".join(pieces) + b"]", headers=headers)
-
-
-async def get_audit_log(service: Service, call: Call) -> Answer:
-    """The events of the organisation, newest first."""
-    query = call.query
-    limit = requests.number(query, "limit", 100, PAGE)
-    cursor = _decode_cursor(query.get("cursor"))
-    if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
-        raise InvalidInput("cursor", "is not one that this service gave out")
-    wanted = AuditQuery(
-        org_id=call.caller.principal.org_id,
-        resource_type=query.get("resource_type"),
-        action=query.get("action"),
-        name=query.get("name"),
-        actor=query.get("actor"),
-        success=requests.boolean(query, "success"),
-        since=_time(query, "since"),
-        until=_time(query, "until"),
-        before=None if cursor is None else int(cursor),
-        limit=limit + 1,
-        offset=requests.number(query, "offset", 0, 1 << 53),
-    )
-    lines = await service.audit(call.caller, wanted)
-    headers = _next(call, str(lines[limit - 1]["seq"])) if len(lines) > limit else {}
-    return json_answer([shapes.audit_out(line) for line in lines[:limit]], headers=headers)
 
 
 async def create_api_key(service: Service, call: Call) -> Answer:
@@ -186,25 +158,3 @@ async def readyz(service: Service, call: Call) -> Answer:
         async with asyncio.timeout(_INDEX_SECONDS):
             keys = shapes.key_counts(await service.key_usage())
     return json_answer(shapes.Health("ready", keys=keys))
-
-
-def _time(query: dict[str, str], name: str) -> float | None:
-    text = query.get(name)
-    return None if text is None else times.parse(text, name)
-
-
-def _next(call: Call, cursor: str) -> dict[str, str]:
-    """The `Link` header (RFC 8288) to the page after the entry that `cursor` names."""
-    encoded = base64.urlsafe_b64encode(cursor.encode()).decode().rstrip("=")
-    rest = {name: value for name, value in call.query.items() if name != "offset"}
-    path = call.raw.raw_path.partition("?")[0]
-    return {"Link": f'<{path}?{urlencode(rest | {"cursor": encoded})}>; rel="next"'}
-
-
-def _decode_cursor(text: str | None) -> str | None:
-    if text is None:
-        return None
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode()
-    except (binascii.Error, ValueError):
-        raise InvalidInput("cursor", "is not one that this service gave out") from None

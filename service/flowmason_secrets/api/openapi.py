@@ -49,13 +49,15 @@ def _operation(route: Route, schema_of: dict[str, dict[str, Any]]) -> dict[str, 
         "summary": (route.handler.__doc__ or "").splitlines()[0],
         "parameters": _parameters(route),
         "responses": {
-            str(status): _response(status, "application/json", schema_of[str(shape)])
+            str(status): _response(status, route.media, schema_of[str(shape)])
             for status, shape in route.answers.items()
         },
     }
     for status in route.problems:
         schema = schema_of[str(Problem)]
-        operation["responses"][str(status)] = _response(status, "application/problem+json", schema)
+        operation["responses"][str(status)] = _response(
+            status, ("application/problem+json",), schema
+        )
     if route.scopes:
         operation["security"] = [{"bearer": []}, {"header": []}]
         operation["description"] = f"Scopes: {', '.join(route.scopes)}."
@@ -78,8 +80,8 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
     ]
 
 
-def _response(status: int, content_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _response(status: int, media: tuple[str, ...], schema: dict[str, Any]) -> dict[str, Any]:
     return {
         "description": HTTPStatus(status).phrase,
-        "content": {content_type: {"schema": schema}},
+        "content": {content_type: {"schema": schema} for content_type in media},
     }

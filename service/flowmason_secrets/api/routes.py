@@ -3,14 +3,16 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from aiohttp import web
+
 from ..core.access import FULL, READ, SCOPES
 from ..core.records import SecretMetadata
 from ..service import Service
-from . import handlers, shapes
-from .answers import Answer
+from . import handlers, paging, shapes, trail
+from .formats import FORMATS
 from .requests import Call, decode_segment
 
-Handler = Callable[[Service, Call], Awaitable[Answer]]
+Handler = Callable[[Service, Call], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Parameter:
 @dataclass(frozen=True, slots=True)
 class Route:
     """One operation. `scopes` is empty where no API key is needed; `answers` has the success
-    shapes by status, `problems` the statuses of errors.
+    shapes by status, `problems` the statuses of errors. `media` are the content types of a success.
     """
 
     method: str
@@ -37,6 +39,7 @@ class Route:
     body: type | None = None
     query: tuple[Parameter, ...] = ()
     headers: tuple[str, ...] = ()
+    media: tuple[str, ...] = ("application/json",)
 
     @property
     def known_query(self) -> frozenset[str]:
@@ -50,7 +53,7 @@ _TIME: dict[str, object] = {"type": "string", "format": "date-time"}
 _PAGE = (
     Parameter(
         "limit",
-        {"type": "integer", "minimum": 1, "maximum": handlers.PAGE},
+        {"type": "integer", "minimum": 1, "maximum": paging.PAGE},
         "At most this many; the Link header leads to the next page.",
     ),
     Parameter("cursor", _TEXT, "From the Link header of the page before."),
@@ -65,16 +68,42 @@ _LISTING = (
     Parameter("expired", _FLAG, "Only expired ones, or only others."),
     *_PAGE,
 )
-_AUDIT = (
+_EVENTS = (
     Parameter("resource_type", _TEXT, "Only events about such resources: secret, api_key."),
     Parameter("action", _TEXT, "Only this action, like secret.read."),
     Parameter("name", _TEXT, "Only events about the resource of this name."),
     Parameter("actor", _TEXT, "Only events of this API key id or user."),
     Parameter("success", _FLAG, "Only successes, or only refusals and failures."),
+)
+_PERIOD = (
     Parameter("since", _TIME, "Only events from this time on."),
     Parameter("until", _TIME, "Only events before this time."),
+)
+_AFTER: dict[str, object] = {"type": "integer", "minimum": 0}
+_AUDIT = (
+    *_EVENTS,
+    *_PERIOD,
+    Parameter("after", _AFTER, "Only events after the one of this seq, the oldest first."),
+    Parameter(
+        "wait",
+        {"type": "integer", "minimum": 0, "maximum": trail.LONGEST_WAIT},
+        "With after: if there are none yet, wait so many seconds for one.",
+    ),
     Parameter("offset", {"type": "integer", "minimum": 0}, "Leave out so many of the newest."),
     *_PAGE,
+)
+_STREAM = (
+    *_EVENTS,
+    Parameter("after", _AFTER, "Begin after the event of this seq, as with Last-Event-ID."),
+)
+_EXPORT = (
+    Parameter(
+        "format",
+        {"type": "string", "enum": [*FORMATS], "default": "ndjson"},
+        "The lines of the log as they are, CSV, or OCSF API Activity as one JSON object a line.",
+    ),
+    *_EVENTS,
+    *_PERIOD,
 )
 _WRITE = ("If-Match", "If-None-Match")
 
@@ -126,11 +155,32 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "GET",
         "/api/v1/auth/audit-log",
-        handlers.get_audit_log,
+        trail.get_audit_log,
         (FULL, READ),
         {200: list[shapes.AuditEntry]},
         (400, 401, 403, 422, 503),
         query=_AUDIT,
+    ),
+    Route(
+        "GET",
+        "/api/v1/auth/audit-log/stream",
+        trail.stream_audit_log,
+        (FULL, READ),
+        {200: str},
+        (400, 401, 403, 422, 503),
+        query=_STREAM,
+        headers=("Last-Event-ID",),
+        media=("text/event-stream",),
+    ),
+    Route(
+        "GET",
+        "/api/v1/auth/audit-log/export",
+        trail.export_audit_log,
+        (FULL, READ),
+        {200: str},
+        (400, 401, 403, 422, 503),
+        query=_EXPORT,
+        media=("application/x-ndjson", "text/csv"),
     ),
     Route(
         "POST",

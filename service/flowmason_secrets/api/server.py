@@ -57,7 +57,7 @@ class Dispatcher:
         stem, counter = secrets.token_hex(6), itertools.count(1)
         self._new_request_id: Callable[[], str] = lambda: f"{stem}-{next(counter):x}"
 
-    async def __call__(self, raw: BaseRequest) -> Answer:
+    async def __call__(self, raw: BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         request_id = requests.request_id(raw) or self._new_request_id()
         self._active += 1

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from .. import app
-from ..api import shapes
+from ..api import paging, shapes
+from ..api.formats import FORMATS, rendered
 from ..config import Settings
 from ..core.drafts import Draft, KeyDraft, Precondition
 from ..core.ports import AuditQuery, ListQuery
@@ -70,6 +71,10 @@ class LocalTarget:
             )
             for line in lines
         ]
+
+    def export(self, form: str, query: AuditQuery) -> AsyncIterator[bytes]:
+        query = query._replace(org_id=self._org_id, limit=paging.PAGE)
+        return rendered(FORMATS[form], self._service.following.export(self._caller, query))
 
     async def create_key(self, draft: KeyDraft) -> shapes.ApiKeyIssued:
         issued = await self._service.keys.issue(self._caller, draft)

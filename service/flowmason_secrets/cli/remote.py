@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -25,6 +25,10 @@ T = TypeVar("T")
 _UNIX = "unix:"
 _PAGE = 1000
 _SECONDS = 60
+# An export takes as long as it takes, but something has to come.
+_STREAM = aiohttp.ClientTimeout(sock_connect=_SECONDS, sock_read=_SECONDS)
+
+_AUDIT_LOG = "/api/v1/auth/audit-log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,26 +129,28 @@ class RemoteTarget:
         return self._decode(answer, list[SecretMetadata])
 
     async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:
-        given: dict[str, object] = {
-            "resource_type": query.resource_type,
-            "action": query.action,
-            "name": query.name,
-            "actor": query.actor,
-            "success": query.success,
-            "since": None if query.since is None else times.render(query.since),
-            "until": None if query.until is None else times.render(query.until),
-        }
+        given = _filters(query)
         found: list[shapes.AuditEntry] = []
         cursor: str | None = None
         while len(found) < query.limit:
             limit = min(query.limit - len(found), _PAGE)
             page = _query(given | {"limit": limit, "cursor": cursor})
-            answer = await self._send("GET", "/api/v1/auth/audit-log", query=page)
+            answer = await self._send("GET", _AUDIT_LOG, query=page)
             found += self._decode(answer, list[shapes.AuditEntry])
             cursor = answer.cursor
             if cursor is None:
                 break
         return found
+
+    async def export(self, form: str, query: AuditQuery) -> AsyncIterator[bytes]:
+        given = _query({"format": form} | _filters(query))
+        async with self._request("GET", f"{_AUDIT_LOG}/export", params=given, timeout=_STREAM) as (
+            response
+        ):
+            if response.status != 200:
+                raise self._refusal(_Answer(response.status, "", await response.read(), None))
+            async for piece in response.content.iter_any():
+                yield piece
 
     async def create_key(self, draft: KeyDraft) -> shapes.ApiKeyIssued:
         body = {
@@ -186,30 +192,40 @@ class RemoteTarget:
         if body is not None:
             headers["Content-Type"] = "application/json"
             data = msgspec.json.encode(body)
+        async with self._request(
+            method, path, params=query, data=data, headers=headers
+        ) as response:
+            link = response.links.get("next")
+            answer = _Answer(
+                response.status,
+                response.headers.get("ETag", ""),
+                await response.read(),
+                None if link is None else URL(str(link["url"])).query.get("cursor"),
+            )
+        if answer.status not in expected:
+            raise self._refusal(answer)
+        return answer
+
+    @contextlib.asynccontextmanager
+    async def _request(
+        self, method: str, path: str, **more: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Raises:
+        ClickException: the server can't be reached, or the answer broke off.
+        """
         try:
             # A redirect could lead the API key to somebody else, or to plain HTTP.
             async with self._session.request(
                 method,
                 URL(self._where.base + path, encoded=True),
-                params=query,
-                data=data,
-                headers=headers,
                 allow_redirects=False,
+                **more,
             ) as response:
-                link = response.links.get("next")
-                answer = _Answer(
-                    response.status,
-                    response.headers.get("ETag", ""),
-                    await response.read(),
-                    None if link is None else URL(str(link["url"])).query.get("cursor"),
-                )
+                yield response
         except TimeoutError:
             raise self._failure(f"did not answer within {_SECONDS} seconds") from None
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(f"can't be reached: {error}") from None
-        if answer.status not in expected:
-            raise self._refusal(answer)
-        return answer
 
     def _refusal(self, answer: _Answer) -> Exception:
         if answer.status == 401:
@@ -250,6 +266,18 @@ def _conditions(precondition: Precondition | None) -> dict[str, str]:
     if precondition.absent:
         return {"If-None-Match": "*"}
     return {"If-Match": ", ".join(precondition.etags)}
+
+
+def _filters(query: AuditQuery) -> dict[str, object]:
+    return {
+        "resource_type": query.resource_type,
+        "action": query.action,
+        "name": query.name,
+        "actor": query.actor,
+        "success": query.success,
+        "since": None if query.since is None else times.render(query.since),
+        "until": None if query.until is None else times.render(query.until),
+    }
 
 
 def _query(given: dict[str, object]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What the commands work on: a data directory or a server, behind one interface."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol
 
@@ -55,6 +55,9 @@ class Target(Protocol):
 
     async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:
         """Matching events, newest first. Whose events is for the target to say, not the query."""
+
+    def export(self, form: str, query: AuditQuery) -> AsyncIterator[bytes]:
+        """All matching events, oldest first, in one of the formats, piece by piece."""
 
     async def create_key(self, draft: KeyDraft) -> shapes.ApiKeyIssued:
         """A new API key."""

@@ -166,13 +166,15 @@ class LogUnavailable(SecretsError):
 
 
 class Overloaded(SecretsError):
-    """More is waiting to be committed than the queue may hold. `retry_after` is in seconds."""
+    """More is asked for at once than there is room for. `retry_after` is in seconds."""
 
     code = "overloaded"
     title = "Overloaded"
 
-    def __init__(self, retry_after: int = 1) -> None:
-        super().__init__("Too many operations are waiting to be committed; try again shortly.")
+    def __init__(
+        self, what: str = "Too many operations are waiting to be committed", retry_after: int = 1
+    ) -> None:
+        super().__init__(f"{what}; try again shortly.")
         self.retry_after = retry_after
 
 

@@ -70,6 +70,13 @@ class Line(TypedDict):
     details: dict[str, Detail]
 
 
+class Entry(NamedTuple):
+    """An event of the log: the bytes of its line, without the newline, and what they say."""
+
+    raw: bytes
+    line: Line
+
+
 class Receipt(NamedTuple):
     """What the caller gets back: the event that records his operation, durable by now."""
 

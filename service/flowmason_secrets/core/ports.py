@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from .errors import SecretsError
-from .events import Line, Receipt
+from .events import Entry, Line, Receipt
 from .intents import Intent
 from .records import ApiKey, Inventory, Metadata, SecretRecord
 
@@ -83,7 +83,8 @@ class Store(Protocol):
 class AuditQuery(NamedTuple):
     """Filters of an audit query; times in seconds since the epoch, `until` exclusive.
 
-    `before` is a seq: only events older than that one. `allow` hides events of other secrets.
+    `before` is a seq: only events older than that one. `after` is one too: only events newer than
+    that one, and the oldest of them come first. `allow` hides events of other secrets.
     """
 
     org_id: str | None
@@ -98,6 +99,7 @@ class AuditQuery(NamedTuple):
     limit: int = 100
     offset: int = 0
     allow: tuple[str, ...] = ()
+    after: int | None = None
 
 
 class ListQuery(NamedTuple):
@@ -148,7 +150,12 @@ class Index(Protocol):
     """The projections: views derived from events and metadata, never the truth."""
 
     async def audit(self, query: AuditQuery, position: int) -> list[Line]:
-        """Matching events among the first `position` ones, newest first."""
+        """Matching events among the first `position` ones, newest first unless `query.after` says
+        otherwise.
+        """
+
+    async def entries(self, query: AuditQuery, position: int) -> list[Entry]:
+        """Like `audit`, together with the bytes in the log."""
 
     async def listing(self, query: ListQuery, position: int) -> list[Metadata]:
         """Matching secrets sorted by name, as they were after `position` events or later."""

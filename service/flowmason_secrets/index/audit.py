@@ -1,10 +1,10 @@
-"""Audit queries: newest first, whole blocks at a time through the postings of their terms."""
+"""Audit queries: in the order of time or against it, whole blocks at a time through postings."""
 
 import sqlite3
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..core.events import Line
+from ..core.events import Entry, Line
 from ..core.ports import AuditQuery, Tail
 from .database import Damaged
 from .events import fetch, state
@@ -22,7 +22,8 @@ _FIRST, _LAST = -(2**62), 2**62
 class Plan(NamedTuple):
     """A query in terms of the database. `terms` are all required, and one of `names` if given.
 
-    Times are in microseconds: `since` <= time < `until`. Only events before `high` count.
+    Times are in microseconds: `since` <= time < `until`. Only events with `low` <= seq < `high`
+    count, and come in the order of their seqs if `ascending`, else in reverse.
     """
 
     org: int | None
@@ -34,7 +35,9 @@ class Plan(NamedTuple):
     names: set[int] | None
     since: int
     until: int
+    low: int
     high: int
+    ascending: bool
 
     @property
     def terms(self) -> list[int]:
@@ -44,11 +47,12 @@ class Plan(NamedTuple):
 
 
 class Page:
-    """The seqs of a page, filled from the newest on."""
+    """The seqs of a page, filled from the newest on, or from the oldest if `ascending`."""
 
-    def __init__(self, offset: int, limit: int) -> None:
+    def __init__(self, offset: int, limit: int, ascending: bool) -> None:
         self._skip = max(0, offset)
         self._limit = limit
+        self._ascending = ascending
         self.seqs: list[int] = []
 
     @property
@@ -62,19 +66,19 @@ class Page:
             self.seqs.append(seq)
 
     def add_all(self, base: int, bits: int) -> None:
-        """Add `base` + i for every bit i of `bits`, the highest first."""
+        """Add `base` + i for every bit i of `bits`."""
         if self._skip and (count := bits.bit_count()) <= self._skip:
             self._skip -= count
             return
         while bits and not self.full:
-            place = bits.bit_length() - 1
+            place = (bits & -bits if self._ascending else bits).bit_length() - 1
             self.add(base + place)
             bits ^= 1 << place
 
 
 def search(
     terms: Terms, connection: sqlite3.Connection, tail: Tail, query: AuditQuery, position: int
-) -> list[Line]:
+) -> list[Entry]:
     """The page of a query among the first `position` events. Needs a consistent view.
 
     Raises:
@@ -82,11 +86,11 @@ def search(
     """
     known = state(connection)
     plan = _plan(terms, query, min(position, known.position))
-    page = Page(query.offset, query.limit)
+    page = Page(query.offset, query.limit, query.after is not None)
     if plan is None or page.full:
         return []
     _fill(page, _Source(connection, plan, known.block), known.sealed)
-    return [_line(connection, tail, query, seq) for seq in page.seqs]
+    return [_entry(connection, tail, query, seq) for seq in page.seqs]
 
 
 def _plan(terms: Terms, query: AuditQuery, position: int) -> Plan | None:
@@ -114,7 +118,9 @@ def _plan(terms: Terms, query: AuditQuery, position: int) -> Plan | None:
         *(org, type_, action, success_, name, actor, names),
         since=_FIRST if query.since is None else _micros(query.since),
         until=_LAST if query.until is None else _micros(query.until),
+        low=0 if query.after is None else max(0, min(query.after + 1, position)),
         high=position if query.before is None else min(position, query.before),
+        ascending=query.after is not None,
     )
 
 
@@ -134,10 +140,20 @@ def _micros(seconds: float) -> int:
 
 
 def _fill(page: Page, source: "_Source", sealed: int) -> None:
+    for fill in (_fill_blocks, _fill_rows) if source.plan.ascending else (_fill_rows, _fill_blocks):
+        fill(page, source, sealed)
+        if page.full:
+            return
+
+
+def _fill_rows(page: Page, source: "_Source", sealed: int) -> None:
     for seq in source.rows(sealed, source.plan.high):
         page.add(seq)
         if page.full:
             return
+
+
+def _fill_blocks(page: Page, source: "_Source", sealed: int) -> None:
     for base, bits, settled in source.blocks(min(sealed, source.plan.high)):
         if settled:
             page.add_all(base, bits)
@@ -150,6 +166,20 @@ def _fill(page: Page, source: "_Source", sealed: int) -> None:
             return
 
 
+_ROWS = (
+    "select seq, name from event where seq >= :from and seq < :to"
+    " and (:org is null or org = :org) and (:type is null or type = :type)"
+    " and (:action is null or action = :action)"
+    " and (:success is null or success = :success)"
+    " and (:name is null or name = :name) and (:actor is null or actor = :actor)"
+    " and time >= :since and time < :until order by seq"
+)
+_BLOCKS = (
+    "select number, first, last from block where number between ? and ?"
+    " and last >= ? and first < ? order by number"
+)
+
+
 class _Source:
     """Where the seqs come from: rows for the newest events, postings for all others."""
 
@@ -158,19 +188,14 @@ class _Source:
         self._connection = connection
         self._block = block
         self._parameters = plan._asdict() | {"names": None}
+        self._order = "" if plan.ascending else " desc"
 
     def rows(self, low: int, high: int) -> Iterator[int]:
         """The matching events with `low` <= seq < `high`, one by one."""
-        found = self._connection.execute(
-            "select seq, name from event where seq >= :from and seq < :to"
-            " and (:org is null or org = :org) and (:type is null or type = :type)"
-            " and (:action is null or action = :action)"
-            " and (:success is null or success = :success)"
-            " and (:name is null or name = :name) and (:actor is null or actor = :actor)"
-            " and time >= :since and time < :until order by seq desc",
-            self._parameters | {"from": low, "to": min(high, self.plan.high)},
-        )
-        names = self.plan.names
+        plan = self.plan
+        bounds = {"from": max(low, plan.low), "to": min(high, plan.high)}
+        found = self._connection.execute(_ROWS + self._order, self._parameters | bounds)
+        names = plan.names
         for seq, name in found:
             if names is None or name in names:
                 yield seq
@@ -180,16 +205,15 @@ class _Source:
         whether they are settled, so that all of them match.
         """
         plan = self.plan
-        found = self._connection.execute(
-            "select number, first, last from block where number <= ?"
-            " and last >= ? and first < ? order by number desc",
-            ((high - 1) // self._block, plan.since, plan.until),
-        )
+        numbers = plan.low // self._block, (high - 1) // self._block
+        found = self._connection.execute(_BLOCKS + self._order, (*numbers, plan.since, plan.until))
         for number, first, last in found:
             base = number * self._block
             bits = self._candidates(number)
             if base + self._block > high:
                 bits &= (1 << (high - base)) - 1
+            if base < plan.low:
+                bits &= -1 << (plan.low - base)
             settled = plan.since <= first and last < plan.until
             if bits and plan.names is not None:
                 # Whatever is less: the names' postings, or the candidates' rows.
@@ -202,7 +226,8 @@ class _Source:
 
     def pieces(self, base: int, bits: int) -> Iterator[int]:
         """The matching ones among the candidates of a block, through their rows."""
-        for low in reversed(range(0, self._block, _PIECE)):
+        lows = range(0, self._block, _PIECE)
+        for low in lows if self.plan.ascending else reversed(lows):
             piece = bits >> low & ((1 << _PIECE) - 1)
             if piece:
                 top = low + piece.bit_length()
@@ -230,15 +255,15 @@ class _Source:
         return 0 if row is None else decode(row[0], where, self._block)
 
 
-def _line(connection: sqlite3.Connection, tail: Tail, query: AuditQuery, seq: int) -> Line:
+def _entry(connection: sqlite3.Connection, tail: Tail, query: AuditQuery, seq: int) -> Entry:
     row = connection.execute('select segment, "offset" from event where seq = ?', (seq,)).fetchone()
     if row is None:
         raise Damaged(f"event {seq} has postings but no row")
-    line = fetch(tail, seq, *row)
+    entry = fetch(tail, seq, *row)
     # Nothing leaves that was not asked for, whatever the database says.
-    if not _matches(line, query):
+    if not _matches(entry.line, query):
         raise Damaged(f"event {seq} is not what its terms say")
-    return line
+    return entry
 
 
 def _matches(line: Line, query: AuditQuery) -> bool:

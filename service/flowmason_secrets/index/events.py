@@ -8,7 +8,7 @@ from typing import NamedTuple
 import orjson
 
 from ..core.errors import LogDamaged
-from ..core.events import KEY_ROTATE, Line, is_change
+from ..core.events import KEY_ROTATE, Entry, Line, is_change
 from ..core.ports import Chunk, Tail
 from .database import Damaged, transaction
 from .listing import Changed, note
@@ -69,21 +69,22 @@ def verify(connection: sqlite3.Connection, tail: Tail) -> None:
     """
     known = state(connection)
     if known.position:
-        line = fetch(tail, known.position - 1, known.segment, known.offset)
+        _, line = fetch(tail, known.position - 1, known.segment, known.offset)
         if line["id"] != known.event:
             raise Damaged("it belongs to another log")
 
 
-def fetch(tail: Tail, seq: int, segment: int, offset: int) -> Line:
+def fetch(tail: Tail, seq: int, segment: int, offset: int) -> Entry:
     """Raises:
     Damaged: the log has no such event there; its segment may have been archived.
     """
     try:
         if segment < 0 or offset < 0:
             raise ValueError("a negative place")
-        line: Line = orjson.loads(tail.line(segment, offset))
+        raw = tail.line(segment, offset)
+        line: Line = orjson.loads(raw)
         if line["seq"] == seq:
-            return line
+            return Entry(raw, line)
     # OverflowError: a place that no file can have.
     except (FileNotFoundError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise Damaged(f"event {seq} is not where it should be: {type(error).__name__}") from error

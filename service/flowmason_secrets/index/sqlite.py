@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import aiofiles.os
 
 from ..core.errors import IndexUnavailable
-from ..core.events import Line
+from ..core.events import Entry, Line
 from ..core.names import org_hash
 from ..core.ports import AuditQuery, ListQuery, Tail
 from ..core.records import Metadata
@@ -83,14 +83,19 @@ class SqliteIndex:
         self._closing = False
 
     async def audit(self, query: AuditQuery, position: int) -> list[Line]:
-        """Matching events among the first `position` ones, newest first.
+        """Matching events among the first `position` ones, newest first unless `query.after` says
+        otherwise.
 
         Raises:
             LogDamaged: the log does not hold `position` events.
             IndexUnavailable: the database can't be written.
         """
+        return [entry.line for entry in await self.entries(query, position)]
 
-        def search(opened: _Open) -> list[Line]:
+    async def entries(self, query: AuditQuery, position: int) -> list[Entry]:
+        """Like `audit`, together with the bytes in the log."""
+
+        def search(opened: _Open) -> list[Entry]:
             self._catch_up(opened, position)
             with transaction(opened.connection, "deferred"):
                 return audit.search(opened.terms, opened.connection, self._tail, query, position)

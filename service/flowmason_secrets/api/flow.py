@@ -1,0 +1,74 @@
+"""Answers of unknown length, sent piece by piece to whoever reads them as fast as he can."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+
+from aiohttp import web
+from aiohttp.web_request import BaseRequest
+
+# Seconds for which a reader may take nothing while there is more for him.
+PATIENCE = 30.0
+
+
+class Flow:
+    """One such answer. It begins with its first piece: until then, another one can be given."""
+
+    def __init__(self, raw: BaseRequest, content_type: str) -> None:
+        self._raw = raw
+        self._response = web.StreamResponse(
+            headers={
+                "Content-Type": content_type,
+                "Cache-Control": "no-store",
+                # nginx would keep the pieces until it has many.
+                "X-Accel-Buffering": "no",
+                "Server": "flowmason",
+            }
+        )
+
+    async def pour(self, pieces: AsyncIterator[bytes]) -> None:
+        """Send all pieces, each when the reader has taken most of what was before it; with an empty
+        one it is only seen whether he is still there.
+
+        Raises:
+            ConnectionResetError: he went away, or took nothing for too long.
+        """
+        async for piece in pieces:
+            check_there(self._raw)
+            if piece:
+                await self._patiently(self._send(piece))
+
+    async def end(self) -> web.StreamResponse:
+        """Tell the reader that this is all; he can tell it from an answer that was cut off."""
+        await self._patiently(self._finish())
+        return self._response
+
+    def cut(self) -> None:
+        """Close the connection in the middle of the answer, so that nobody takes it for whole."""
+        if self._raw.transport is not None:
+            self._raw.transport.abort()
+
+    async def _send(self, piece: bytes) -> None:
+        if not self._response.prepared:
+            await self._response.prepare(self._raw)
+        await self._response.write(piece)
+
+    async def _finish(self) -> None:
+        if not self._response.prepared:
+            await self._response.prepare(self._raw)
+        await self._response.write_eof()
+
+    async def _patiently(self, step: Coroutine[object, object, None]) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await step
+        except TimeoutError:
+            self.cut()
+            raise ConnectionResetError("the client does not read") from None
+
+
+def check_there(raw: BaseRequest) -> None:
+    """Raises:
+    ConnectionResetError: the client went away.
+    """
+    if raw.transport is None or raw.transport.is_closing():
+        raise ConnectionResetError("the client went away")
