@@ -126,6 +126,9 @@ async def serve(
             for site in sites:
                 await site.start()
             service.start()
+            reason = await service.ready()
+            if reason is not None:
+                _log.warning("values and changes are refused until this is over: %s", reason)
             ready()
             await _obey(orders, service)
             for site in sites:

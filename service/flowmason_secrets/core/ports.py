@@ -76,6 +76,13 @@ class Store(Protocol):
             LogDamaged: the log contradicts itself.
         """
 
+    async def probe(self) -> None:
+        """Find out whether there is room for more events.
+
+        Raises:
+            LogUnavailable: there is none.
+        """
+
     async def close(self) -> None:
         """Release everything; what was committed is durable under its final name."""
 
@@ -144,6 +151,11 @@ class Tail(Protocol):
 
     def metadata(self, org_hash: str, stem: str) -> Metadata | None:
         """The metadata stored under a secret hash now; None if there is none that can be read."""
+
+    def settled(self) -> bool:
+        """Whether metadata and stems are what every process reads; otherwise they are not to be
+        kept, because committed changes wait for room to be published.
+        """
 
 
 class Index(Protocol):
