@@ -136,6 +136,9 @@ class FakeLog:
     def metadata(self, org_hash: str, stem: str) -> Metadata | None:
         return self.secrets.get((org_hash, stem))
 
+    def settled(self) -> bool:
+        return True
+
 
 def _may_name(allow: tuple[str, ...], name: str | None) -> bool:
     principal = Principal("", "", "", frozenset(), allow=allow)

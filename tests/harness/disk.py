@@ -73,7 +73,8 @@ class SmallFileSystem:
         self._ballast.unlink()
 
     def unmount(self) -> None:
-        subprocess.run(("umount", os.fspath(self._place)), check=True)
+        # At once, also if a test that failed has left a process behind.
+        subprocess.run(("umount", "-l", os.fspath(self._place)), check=True)
 
 
 class FileSizeLimit:
