@@ -206,15 +206,14 @@ class Published:
 
     def _names(self, directory: str) -> set[str]:
         """The names in a directory; none if it is not there."""
-        held = [(os.path.split(path), data) for path, data in self._held.items()]
-        names = {name: data for (parent, name), data in held if parent == directory}
+        names: set[str] = set()
         with contextlib.suppress(FileNotFoundError):
-            return {
-                name
-                for name in {*os.listdir(directory), *names}
-                if names.get(name, b"") is not None
-            }
-        return {name for name, data in names.items() if data is not None}
+            names.update(os.listdir(directory))
+        for path, data in self._held.items():
+            parent, name = os.path.split(path)
+            if parent == directory:
+                names.discard(name) if data is None else names.add(name)
+        return names
 
     def _paths(self, org_id: str, name: str) -> tuple[str, str]:
         return self._layout.secret(org_hash(org_id), secret_hash(name))
