@@ -290,7 +290,7 @@ async def test_a_disk_that_gets_full_under_load(disk: Disk, count: int) -> None:
 # --- committed, and no room for its files ---------------------------------------------------
 
 # What is left, in pages: for the journal, the log, the secret's files, its directory.
-PAGES = range(6)
+PAGES = range(5)
 
 # How many times longer the second version is.
 LONG = 500
@@ -502,16 +502,21 @@ async def test_the_library_and_the_command_line(disk: Disk) -> None:
                 check_says_full(told, disk)
             assert await lib.call("exists", "TOKEN") == "True"
             assert "name='TOKEN'" in await lib.call("list")
-            for arguments, stdin in (
-                (("get", "TOKEN"), b""),
-                (("set", "TOKEN"), b"new"),
-                (("set", "NEW"), b"new"),
-                (("delete", "TOKEN"), b""),
-                (("keys", "create", "--name=new"), b""),
-            ):
-                ended = await run(
-                    *arguments, *place, stdin=stdin, variables=variables, prefix=disk.prefix()
+            commands = [
+                ("get", "TOKEN", *place),
+                ("set", "TOKEN", *place),
+                ("set", "NEW", *place),
+                ("delete", "TOKEN", *place),
+                ("keys", "create", "--name=new", *place),
+                # Where there is nothing yet.
+                ("keys", "create", "--org=acme", f"--data-dir={data_dir.with_name('empty')}"),
+            ]
+            for ended in await asyncio.gather(
+                *(
+                    run(*command, stdin=b"new", variables=variables, prefix=disk.prefix())
+                    for command in commands
                 )
+            ):
                 ended.failed(1)
                 check_says_full(ended.err, disk)
             assert read_log(data_dir) == log
