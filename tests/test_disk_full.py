@@ -485,6 +485,7 @@ async def test_the_library_and_the_command_line(disk: Disk) -> None:
     data_dir = disk.data_dir
     key = await issue_key(data_dir)
     place = ["--org=acme", f"--data-dir={data_dir}"]
+    empty = data_dir.with_name("empty")
     variables = {"FLOWMASON_SECRETS_KEY": MASTER_KEY}
     async with serving(data_dir) as server, session(server.url, key) as client:
         for name in ("TOKEN", "OTHER"):
@@ -509,7 +510,7 @@ async def test_the_library_and_the_command_line(disk: Disk) -> None:
                 ("delete", "TOKEN", *place),
                 ("keys", "create", "--name=new", *place),
                 # Where there is nothing yet.
-                ("keys", "create", "--org=acme", f"--data-dir={data_dir.with_name('empty')}"),
+                ("keys", "create", "--name=new", "--org=acme", f"--data-dir={empty}"),
             ]
             for ended in await asyncio.gather(
                 *(
