@@ -58,12 +58,13 @@ async def run(
     stdin: bytes = b"",
     stdout: int = subprocess.PIPE,
     variables: dict[str, str] | None = None,
+    prefix: tuple[str, ...] = (),
 ) -> Ended:
-    """Run the program to its end."""
+    """Run the program to its end; `prefix` comes before it."""
     ended = await asyncio.get_running_loop().run_in_executor(
         _runs,
         lambda: subprocess.run(
-            (*PROGRAM, *arguments),
+            (*prefix, *PROGRAM, *arguments),
             env=environment(variables),
             input=stdin,
             stdout=stdout,

@@ -40,6 +40,7 @@ class FakeLog:
         self.secrets: dict[tuple[str, str], Metadata] = {}
         self.reads = 0
         self.archived = 0
+        self.is_settled = True
 
     def position(self) -> int:
         return len(self.lines)
@@ -135,6 +136,9 @@ class FakeLog:
 
     def metadata(self, org_hash: str, stem: str) -> Metadata | None:
         return self.secrets.get((org_hash, stem))
+
+    def settled(self) -> bool:
+        return self.is_settled
 
 
 def _may_name(allow: tuple[str, ...], name: str | None) -> bool:
@@ -717,3 +721,35 @@ async def test_a_closed_index_answers_nothing(path: Path) -> None:
     with pytest.raises(RuntimeError):
         await index.audit(AuditQuery(None), 0)
     assert not path.exists()
+
+
+# --- what is not to be kept -----------------------------------------------------------------
+
+
+async def test_what_waits_to_be_published_is_answered_and_not_kept(path: Path) -> None:
+    log = mixed(4, 300)
+    index = make(log, path)
+    await check(log, index)
+    log.is_settled = False
+    for _ in range(2):
+        # More than a listing loads at once, and more events than are in a block.
+        for number in range(300):
+            log.put(f"waiting {number}", version=log.position())
+        await check(log, index)
+    # What the files say when they can be written again is newer than the events known here.
+    for number in range(300):
+        log.store(f"waiting {number}", version=9999)
+    log.is_settled = True
+    await check(log, index)
+    await index.close()
+
+
+async def test_no_index_begins_with_what_waits_to_be_published(path: Path) -> None:
+    log = mixed(5, 50)
+    log.is_settled = False
+    index = make(log, path)
+    with pytest.raises(IndexUnavailable, match="published"):
+        await index.listing(ListQuery("acme", NOW), log.position())
+    log.is_settled = True
+    await check(log, index)
+    await index.close()

@@ -223,9 +223,9 @@ class Service:
     async def ready(self) -> str | None:
         """Why values can't be served now, or None. After a failure it tries the log again."""
         try:
-            if self.gate.unavailable is None:
-                await self.gate.is_current(Intent(None, ()))
-            else:
+            await self.gate.is_current(Intent(None, ()))
+            await self._store.probe()
+            if self.gate.unavailable is not None:
                 resumed = Event(self._new_id(), "log.resume", "success", None, "log", None)
                 await self.gate.submit(Intent(resumed, ()))
         except SecretsError as error:

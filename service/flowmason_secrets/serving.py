@@ -125,6 +125,9 @@ async def serve(
             ]
             for site in sites:
                 await site.start()
+            reason = await service.ready()
+            if reason is not None:
+                _log.warning("values and changes are refused until this is over: %s", reason)
             service.start()
             ready()
             await _obey(orders, service)

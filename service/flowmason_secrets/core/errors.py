@@ -158,8 +158,9 @@ class LogUnavailable(SecretsError):
 
     def __init__(self, reason: str, retry_after: int = 1) -> None:
         super().__init__(
-            f"The event log can't be written ({reason}), so nothing is served. "
-            "Values and changes are available again as soon as it can."
+            f"The event log can't be written ({reason}), so no value is handed out and nothing is "
+            "changed. Make room on the disk of the data directory, or repair what else is wrong "
+            "with it, and try again: a running server goes on by itself."
         )
         self.reason = reason
         self.retry_after = retry_after

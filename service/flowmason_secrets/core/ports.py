@@ -65,7 +65,8 @@ class Store(Protocol):
 
     async def commit(self, batch: Sequence[Intent]) -> list[Verdict]:
         """Return only when every admitted event of the batch is on stable storage, in order,
-        without gaps, and every change of it is published; one verdict for each intent.
+        without gaps, and every change of it is published, or staged and read from there as long as
+        there is no room to publish it; one verdict for each intent.
 
         An error among the verdicts is that intent's alone. LogUnavailable: not acknowledged, and
         absent unless recovery finds its event whole in the log. InvalidInput: its event can't be
@@ -74,6 +75,13 @@ class Store(Protocol):
         Raises:
             LogUnavailable: not even the state of the log could be read.
             LogDamaged: the log contradicts itself.
+        """
+
+    async def probe(self) -> None:
+        """Find out whether there is room for more events.
+
+        Raises:
+            LogUnavailable: there is none.
         """
 
     async def close(self) -> None:
@@ -144,6 +152,11 @@ class Tail(Protocol):
 
     def metadata(self, org_hash: str, stem: str) -> Metadata | None:
         """The metadata stored under a secret hash now; None if there is none that can be read."""
+
+    def settled(self) -> bool:
+        """Whether metadata and stems are what every process reads; otherwise they are not to be
+        kept, because committed changes wait for room to be published.
+        """
 
 
 class Index(Protocol):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .. import forking
+from ..core.ports import Tail
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,6 +71,10 @@ _YET_DAMAGE = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_READONL
 _Identity = tuple[int, int]
 
 
+class Unsettled(Exception):
+    """What would be written is not to be kept yet."""
+
+
 class Damaged(Exception):
     """The database contradicts itself or the log. It is derived: remove it and build it again."""
 
@@ -85,7 +90,12 @@ def is_damage(error: sqlite3.DatabaseError) -> bool:
 
 @contextlib.contextmanager
 def transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
-    """`kind` is "deferred" for a consistent view, "immediate" for writing."""
+    """`kind` is "deferred" for a consistent view, "immediate" for writing. A transaction within
+    another one is a part of it.
+    """
+    if connection.in_transaction:
+        yield
+        return
     connection.execute(f"begin {kind}")
     try:
         yield
@@ -96,6 +106,35 @@ def transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
         with contextlib.suppress(sqlite3.Error):
             connection.rollback()
         raise
+
+
+@contextlib.contextmanager
+def writing(connection: sqlite3.Connection, tail: Tail) -> Iterator[None]:
+    """A transaction of what is derived from the files.
+
+    Raises:
+        Unsettled: they are not what they will be; and this is not within `unwritten`.
+    """
+    kept = not connection.in_transaction
+    with transaction(connection, "immediate"):
+        # Asked under the write lock: a change that gets stuck later is marked later, too.
+        if kept and not tail.settled():
+            raise Unsettled("committed changes can't be published")
+        yield
+
+
+@contextlib.contextmanager
+def unwritten(connection: sqlite3.Connection) -> Iterator[None]:
+    """A transaction in memory, of which nothing is kept: it works on a full disk."""
+    connection.execute("pragma cache_spill = off")
+    try:
+        connection.execute("begin immediate")
+        try:
+            yield
+        finally:
+            connection.rollback()
+    finally:
+        connection.execute("pragma cache_spill = on")
 
 
 class Database:

@@ -10,7 +10,7 @@ import orjson
 from ..core.errors import LogDamaged
 from ..core.events import KEY_ROTATE, Entry, Line, is_change
 from ..core.ports import Chunk, Tail
-from .database import Damaged, transaction
+from .database import Damaged, writing
 from .listing import Changed, note
 from .sealing import seal_column, seal_rows
 from .terms import ACTION, ACTOR, NAME, ORG, SUCCESS, TYPE, Terms
@@ -103,7 +103,7 @@ def extend(terms: Terms, connection: sqlite3.Connection, tail: Tail, stop: int, 
     """
     terms.trim()
     try:
-        with transaction(connection, "immediate"):
+        with writing(connection, tail):
             known = state(connection)
             waiting = known.position - known.sealed
             bound = known.block * (_WAITING if most < known.block else 1)

@@ -14,7 +14,7 @@ from ..core.events import MAX_EVENT_NAME
 from ..core.names import org_hash, secret_hash
 from ..core.ports import ListQuery, Tail
 from ..core.records import Metadata
-from .database import Damaged, transaction
+from .database import Damaged, Unsettled, writing
 from .terms import matcher
 
 # The organisation, the secret's id and its name if it is known, as the event has them.
@@ -25,7 +25,13 @@ _TOP = b"\xff"
 
 
 def fill(connection: sqlite3.Connection, tail: Tail, position: int) -> None:
-    """Mark all secrets there are for loading. Changes before `position` need no other mark."""
+    """Mark all secrets there are for loading. Changes before `position` need no other mark.
+
+    Raises:
+        Unsettled: changes before it are not in the files yet.
+    """
+    if not tail.settled():
+        raise Unsettled("committed changes can't be published")
     connection.execute("update state set filled = ?", (position,))
     for org in tail.organisations():
         _mark(connection, org, tail.stems(org))
@@ -71,7 +77,7 @@ def load(connection: sqlite3.Connection, tail: Tail, org: str | None, most: int)
         ).fetchall()
     if not found:
         return False
-    with transaction(connection, "immediate"):
+    with writing(connection, tail):
         for place in found:
             # Read under the write lock: whoever stores last has read last.
             metadata = tail.metadata(*place)

@@ -21,7 +21,7 @@ from ..core.names import org_hash
 from ..core.ports import AuditQuery, ListQuery, Tail
 from ..core.records import Metadata
 from . import audit, events, listing
-from .database import Damaged, Database, is_damage, transaction
+from .database import Damaged, Database, Unsettled, is_damage, transaction, unwritten
 from .terms import Terms
 
 _LOG = logging.getLogger(__name__)
@@ -144,8 +144,10 @@ class SqliteIndex:
 
         def count(opened: _Open) -> dict[str, int] | None:
             self._catch_up(opened, position)
-            if listing.load(opened.connection, self._tail, None, _SECRETS):
-                return None
+            while listing.load(opened.connection, self._tail, None, _SECRETS):
+                # Within `unwritten`, what was loaded would be lost.
+                if not opened.connection.in_transaction:
+                    return None
             return listing.key_counts(opened.connection)
 
         # After a rebuild there is much to load: others get their turn meanwhile.
@@ -176,9 +178,12 @@ class SqliteIndex:
             try:
                 more = True
                 while more and worked < _WORK:
-                    more, took = await self._hop(self._advance)
+                    more, took = await self._hop(self._advance, keep=True)
                     worked += took
                 pause = max(_PAUSE, _REST * worked)
+            except IndexUnavailable as error:
+                _LOG.warning("The index can't follow the log (%s); trying again.", error.reason)
+                pause = _AFTER_ERROR
             except Exception:
                 _LOG.exception("The index can't follow the log; trying again.")
                 pause = _AFTER_ERROR
@@ -218,37 +223,56 @@ class SqliteIndex:
     def _first_fill(self, connection: sqlite3.Connection) -> None:
         listing.fill(connection, self._tail, self._position())
 
-    async def _hop(self, work: Callable[[_Open], _Result]) -> _Result:
+    async def _hop(self, work: Callable[[_Open], _Result], keep: bool = False) -> _Result:
+        """`keep`: the work is of no use if what it writes is lost."""
+
         def alone() -> _Result:
             with _working:
-                return self._guarded(work)
+                return self._guarded(work, keep)
 
         return await self._run(alone)
 
     async def _run(self, work: Callable[[], _Result]) -> _Result:
         return await aiofiles.os.wrap(work)(executor=self._executor)
 
-    def _guarded(self, work: Callable[[_Open], _Result]) -> _Result:
+    def _guarded(self, work: Callable[[_Open], _Result], keep: bool) -> _Result:
         """Do it, and if the database turns out to be damaged, replace that and do it once more."""
         try:
             return work(self._open())
         except Damaged as damage:
             reason = str(damage)
+        except Unsettled as error:
+            return self._without_writing(work, keep, error)
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
-                raise IndexUnavailable(str(error)) from error
+                return self._without_writing(work, keep, error)
             reason = str(error)
         self._opened = None
         try:
             self._database.discard(reason)
             return work(self._open())
-        except (OSError, sqlite3.DatabaseError, Damaged) as error:
+        except (OSError, sqlite3.DatabaseError, Damaged, Unsettled) as error:
             raise IndexUnavailable(str(error)) from error
+
+    def _without_writing(
+        self, work: Callable[[_Open], _Result], keep: bool, reason: Exception
+    ) -> _Result:
+        """Do it in memory, because the database can't be written: on a full disk, say."""
+        if keep or self._opened is None:
+            raise IndexUnavailable(str(reason)) from reason
+        try:
+            with unwritten(self._opened.connection):
+                return work(self._opened)
+        except (sqlite3.DatabaseError, Damaged) as error:
+            raise IndexUnavailable(str(reason)) from error
+        finally:
+            self._opened.terms.forget()
 
     def _open(self) -> _Open:
         connection = self._database.current
         if connection is None or self._opened is None:
             self._check_open()
+            self._opened = None
             connection = self._database.open()
             self._opened = _Open(connection, Terms(connection))
             events.verify(connection, self._tail)

@@ -31,6 +31,7 @@ class Terms:
     def forget(self) -> None:
         """Ids that were given in a transaction that did not commit are void."""
         self._known.clear()
+        self._allowed.clear()
         self._count = 0
 
     def trim(self) -> None:

@@ -61,15 +61,11 @@ class Durable:
         Raises:
             ShortWrite: only a part was taken.
         """
-        written = os.write(descriptor, data)
-        if written != len(data):
-            raise ShortWrite(f"wrote {written} of {len(data)} bytes")
+        _check_whole(os.write(descriptor, data), data)
 
     def put_slot(self, descriptor: int, data: bytes) -> None:
         """Overwrite the first bytes of a file that holds nothing but them."""
-        written = os.pwrite(descriptor, data, 0)
-        if written != len(data):
-            raise ShortWrite(f"wrote {written} of {len(data)} bytes")
+        _check_whole(os.pwrite(descriptor, data, 0), data)
 
     def sync(self, descriptor: int) -> None:
         """Return when what was written to the file is on stable storage."""
@@ -148,3 +144,8 @@ class Durable:
             # The umask may have taken bits from the mode, or nobody has set it yet.
             os.fchmod(descriptor, mode)
         return descriptor
+
+
+def _check_whole(written: int, data: bytes) -> None:
+    if written != len(data):
+        raise ShortWrite(f"wrote {written} of {len(data)} bytes, no room for the rest")

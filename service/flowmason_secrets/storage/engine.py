@@ -15,11 +15,11 @@ from ..core.errors import InvalidInput, LogDamaged, LogUnavailable
 from ..core.events import Event, Receipt, changed
 from ..core.intents import Changes, Intent, admit
 from ..core.ports import STALE, Sources, Verdict
-from ..core.records import Change, PutSecret, Ref, SecretRecord, singles
+from ..core.records import Change, PutSecret, Ref, SecretRecord, Single, singles
 from . import wire
 from .cache import CiphertextCache
-from .durable import Durable
-from .eventlog import EventLog, SegmentLimits
+from .durable import PRIVATE_FILE, Durable
+from .eventlog import HEADER_BYTES, EventLog, SegmentLimits
 from .published import Layout, Published
 from .staging import Journal, Leftovers, sync_published
 
@@ -54,6 +54,8 @@ class Engine:
         self._journal: Journal | None = None
         # Whether the log may hold lines that nobody has synced.
         self._unsynced = False
+        # Why committed changes can't be published. Nothing is appended as long as it lasts.
+        self._stuck: OSError | None = None
         self.position = 0
 
     @property
@@ -80,6 +82,16 @@ class Engine:
         """Take the journal out of use, to be settled: in this thread, the settling in any other."""
         journal, self._journal = self._journal, None
         return journal
+
+    def probe(self) -> None:
+        """See `Store.probe`. In any thread."""
+        draft = self._env.layout.staged / f"{uuid4().hex}.tmp"
+        try:
+            # Not synced, which would cost more than it tells.
+            self._env.durable.create(draft, bytes(HEADER_BYTES), PRIVATE_FILE, sync=False)
+            self._env.durable.unlink(draft)
+        except OSError as error:
+            raise _unavailable(error) from error
 
     def close(self) -> None:
         """Settle and release everything."""
@@ -136,9 +148,11 @@ class Engine:
                     self._env.cache.drop(ref)
                     unpublished |= line["seq"] >= published
             self._unsynced = True
-            if unpublished:
+            if unpublished or self._stuck is not None:
                 self._recover(log, lock)
             self.position = log.position
+        elif self._stuck is not None:
+            self._recover(log, lock)
         return log
 
     def _open(self, lock: int) -> EventLog:
@@ -166,6 +180,8 @@ class Engine:
     def _recover(self, log: EventLog, lock: int) -> None:
         """Publish what is staged and has its event in the log; drop what has not.
 
+        What can't be published, on a full disk, stays staged, and is read from there.
+
         Only the newest change of each resource counts: if that one is not staged any more, it is
         published and durable, and what is staged of older ones must not come back.
         """
@@ -177,17 +193,27 @@ class Engine:
             newest: dict[Ref, str] = {}
             for line in log.lines(leftovers.position):
                 newest.update(dict.fromkeys(changed(line), line["id"]))
-            paths: set[str] = set()
-            for place in newest.items():
-                change = staged.get(place)
-                if change is not None:
-                    paths.update(self._env.published.publish_again(change))
-            sync_published(paths, self._env.durable)
+            due = [staged[place] for place in newest.items() if place in staged]
+            if not self._published_again(due):
+                return
         leftovers.remove()
+        self._env.published.hold(())
+        self._stuck = None
         # Too small a number is safe: it makes others recover once more. Without it, metadata
         # would not be readable on a full disk.
         with contextlib.suppress(OSError):
             self._set_published(lock, log.position)
+
+    def _published_again(self, changes: Sequence[Single]) -> bool:
+        published = self._env.published
+        try:
+            paths = {path for change in changes for path in published.publish_again(change)}
+            sync_published(paths, self._env.durable)
+        except OSError as error:
+            published.hold(changes)
+            self._stuck = error
+            return False
+        return True
 
     def _commit(self, batch: Sequence[Intent], log: EventLog, lock: int) -> list[Verdict]:
         verdicts: list[Verdict] = [None] * len(batch)
@@ -196,6 +222,8 @@ class Engine:
             verdicts[index] = STALE
         try:
             if admission.events:
+                if self._stuck is not None:
+                    raise self._stuck
                 self._append(admission.events, batch, verdicts, log, lock)
         except wire.Unwritable as error:
             refused = {admission.events[n][0]: reason for n, reason in error.reasons.items()}

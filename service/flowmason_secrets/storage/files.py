@@ -75,7 +75,7 @@ class FilesStore:
 
     async def org_hashes(self) -> list[str]:
         """See `Store.org_hashes`."""
-        found: list[str] = await aiofiles.os.wrap(self._env.layout.organisations)(
+        found: list[str] = await aiofiles.os.wrap(self._env.published.organisations)(
             executor=self._readers
         )
         return found
@@ -98,6 +98,10 @@ class FilesStore:
         if self._settling is None and self._engine.staged:
             self._settling = asyncio.create_task(self._settle())
         return verdicts
+
+    async def probe(self) -> None:
+        """See `Store.probe`."""
+        await aiofiles.os.wrap(self._engine.probe)(executor=self._readers)
 
     async def close(self) -> None:
         """See `Store.close`."""
@@ -149,11 +153,15 @@ class FilesTail:
 
     def organisations(self) -> list[str]:
         """See `Tail.organisations`."""
-        return self._layout.organisations()
+        return self._published.organisations()
 
     def stems(self, org_hash: str) -> list[str]:
         """See `Tail.stems`."""
-        return [path.stem for path in (self._layout.root / org_hash).glob("*.meta")]
+        return self._published.stems(org_hash)
+
+    def settled(self) -> bool:
+        """See `Tail.settled`."""
+        return self._published.settled()
 
     def metadata(self, org_hash: str, stem: str) -> Metadata | None:
         """See `Tail.metadata`."""

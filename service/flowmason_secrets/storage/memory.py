@@ -92,6 +92,9 @@ class MemoryStore:
                     self._publish(single)
         return verdicts
 
+    async def probe(self) -> None:
+        """See `Store.probe`. There is room as long as there is memory."""
+
     async def close(self) -> None:
         """See `Store.close`."""
 
@@ -120,6 +123,10 @@ class MemoryStore:
             if _place(key) == (org_hash, stem):
                 return put.metadata
         return None
+
+    def settled(self) -> bool:
+        """See `Tail.settled`."""
+        return True
 
     def _append(self, events: Sequence[Event]) -> None:
         time = times.render(self._clock())

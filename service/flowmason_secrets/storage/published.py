@@ -1,9 +1,10 @@
 """The files under their final names: secrets and API keys. FORMAT.md §1, §2, §4. Blocking."""
 
+import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -65,48 +66,58 @@ class Published:
         self._layout = layout
         self._durable = durable
         self._oldest_key = oldest_key
+        # What files would hold, if they could be written; None: they would be gone. Replaced as a
+        # whole, because it is read in other threads.
+        self._held: dict[str, bytes | None] = {}
+
+    def hold(self, changes: Iterable[Single]) -> None:
+        """From now on read these committed changes, and no others, as if they were published."""
+        self._held = {path: data for change in changes for path, data in self._files(change)}
 
     def publish_again(self, change: Single) -> list[str]:
         """Like `publish`, but writes nothing where all of it is there: a disk may be full."""
-        match change:
-            case PutSecret(org_id, metadata, token):
-                found = self.secret(org_id, metadata.name, 0)
-                if found is not None and (found.metadata, found.token) == (metadata, token):
-                    return [*self._paths(org_id, metadata.name), self._layout.root_path]
-            case PutApiKey(key):
-                if self.api_key(key.digest) == key:
-                    return [self._layout.api_key(key.digest)]
-        return self.publish(change)
+        if any(_read(path) != data for path, data in self._files(change)):
+            return self.publish(change)
+        return self._touched(change)
 
     def publish(self, change: Single) -> list[str]:
         """Make a committed change visible; returns the paths it touched, not yet synced."""
+        # The token goes first. The metadata name its hash: a reader in between sees a mismatch, and
+        # the gate tells him to read again. What is left of a torn deletion holds nothing.
+        for path, data in self._files(change):
+            if data is None:
+                self._durable.unlink(path)
+            elif isinstance(change, PutApiKey):
+                # Key files are read without the gate, and by listing them: never half of one.
+                draft = self._layout.staged / f"{uuid4().hex}.tmp"
+                self._durable.create(draft, data, PRIVATE_FILE, sync=False)
+                self._durable.rename(draft, Path(path))
+            else:
+                self._place(path, data)
+        return self._touched(change)
+
+    def _touched(self, change: Single) -> list[str]:
+        """What has to be synced after a change."""
+        paths = [path for path, _ in self._files(change)]
+        # The organisation's directory may be new.
+        return [*paths, self._layout.root_path] if isinstance(change, PutSecret) else paths
+
+    def _files(self, change: Single) -> list[tuple[str, bytes | None]]:
+        """What a change makes of which files, in order."""
         match change:
             case PutSecret(org_id, metadata, token):
                 secret, meta = self._paths(org_id, metadata.name)
-                # The metadata name the token's hash: a reader in between sees a mismatch, and the
-                # gate tells him to read again.
-                self._place(secret, token)
-                self._place(meta, wire.encode_metadata(metadata, token))
-                return [secret, meta, self._layout.root_path]
+                return [(secret, token), (meta, wire.encode_metadata(metadata, token))]
             case DropSecret(org_id, name):
-                secret, meta = self._paths(org_id, name)
-                # The token goes first: what is left of a torn deletion holds nothing.
-                self._durable.unlink(secret)
-                self._durable.unlink(meta)
-                return [secret, meta]
+                return [(path, None) for path in self._paths(org_id, name)]
             case PutApiKey(key):
-                path = self._layout.api_key(key.digest)
-                # Key files are read without the gate, and by listing them: never half of one.
-                draft = self._layout.staged / f"{uuid4().hex}.tmp"
-                self._durable.create(draft, wire.encode_api_key(key), PRIVATE_FILE, sync=False)
-                self._durable.rename(draft, Path(path))
-                return [path]
+                return [(self._layout.api_key(key.digest), wire.encode_api_key(key))]
 
     def secret(self, org_id: str, name: str, as_of: int) -> SecretRecord | None:
         """The secret as its files are now. `as_of` is the size of the log before this call."""
         secret, meta = self._paths(org_id, name)
         try:
-            raw_meta, token = _read(meta), _read(secret)
+            raw_meta, token = self._read(meta), self._read(secret)
             if raw_meta is None and token is None:
                 return None
             metadata, token_sha256 = wire.decode_metadata(raw_meta or b"", self._oldest_key())
@@ -121,6 +132,20 @@ class Published:
             )
         return SecretRecord(metadata, token, as_of)
 
+    def organisations(self) -> list[str]:
+        """The directories of organisations, or what they would be called."""
+        held = {os.path.basename(os.path.dirname(path)) for path in self._held}
+        return sorted({*self._layout.organisations(), *held} - {self._layout.keys.name})
+
+    def stems(self, org: str) -> list[str]:
+        """The secret hashes of all metadata that an organisation has."""
+        names = self._names(f"{self._layout.root_path}/{org}")
+        return [name[:-5] for name in names if name.endswith(".meta")]
+
+    def settled(self) -> bool:
+        """Whether the files hold every change that this process knows of."""
+        return not self._held
+
     def metadata(self, org: str, stem: str) -> Metadata | None:
         """The metadata of one file; None if it is gone, or can't be read, which is logged."""
         found = self._of_metadata(org, stem, wire.decode_metadata)
@@ -131,7 +156,7 @@ class Published:
         problem = None
         # It may be read while it is being written, which takes microseconds.
         for _ in range(_READS):
-            raw = _read(path)
+            raw = self._read(path)
             if raw is None:
                 return None
             try:
@@ -147,7 +172,7 @@ class Published:
 
     def inventory(self, org: str) -> Inventory:
         """See `Store.inventory`."""
-        files = set(os.listdir(f"{self._layout.root_path}/{org}"))
+        files = self._names(f"{self._layout.root_path}/{org}")
         stems = {name.rpartition(".")[0] for name in files if name.endswith((".secret", ".meta"))}
         found = Inventory({}, [])
         for stem in sorted(stems):
@@ -161,7 +186,7 @@ class Published:
 
     def api_key(self, digest: str) -> ApiKey | None:
         """The API key with this SHA-256; None without one, or for a damaged file (logged)."""
-        raw = _read(self._layout.api_key(digest))
+        raw = self._read(self._layout.api_key(digest))
         try:
             return None if raw is None else wire.decode_api_key(raw)
         except wire.Malformed as error:
@@ -170,9 +195,25 @@ class Published:
 
     def api_keys(self, org_id: str) -> list[ApiKey]:
         """All API keys of the organisation, oldest first."""
-        digests = [name[:-5] for name in os.listdir(self._layout.keys) if name.endswith(".json")]
+        names = self._names(f"{self._layout.root_path}/keys")
+        digests = [name[:-5] for name in names if name.endswith(".json")]
         keys = [key for key in map(self.api_key, digests) if key and key.org_id == org_id]
         return sorted(keys, key=lambda key: (key.created_at, key.id))
+
+    def _read(self, path: str) -> bytes | None:
+        held = self._held
+        return held[path] if path in held else _read(path)
+
+    def _names(self, directory: str) -> set[str]:
+        """The names in a directory; none if it is not there."""
+        names: set[str] = set()
+        with contextlib.suppress(FileNotFoundError):
+            names.update(os.listdir(directory))
+        for path, data in self._held.items():
+            parent, name = os.path.split(path)
+            if parent == directory:
+                names.discard(name) if data is None else names.add(name)
+        return names
 
     def _paths(self, org_id: str, name: str) -> tuple[str, str]:
         return self._layout.secret(org_hash(org_id), secret_hash(name))
