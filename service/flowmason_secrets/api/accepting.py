@@ -11,6 +11,8 @@ from .connections import Connection, Server
 _log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+# Bytes on their way that the system keeps for a connection, in each direction; Linux doubles it.
+_SYSTEM_BUFFER = 128 << 10
 # Connections that are taken before others have their turn.
 _BURST = 16
 # Seconds after which it is tried again when there is no room.
@@ -38,6 +40,9 @@ class Acceptor:
         """Listen."""
         for listening in self._sockets:
             listening.setblocking(False)
+            # Connections inherit it. Left to itself the system takes megabytes for each.
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SYSTEM_BUFFER)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SYSTEM_BUFFER)
             listening.listen(_BACKLOG)
         self._resume()
 
