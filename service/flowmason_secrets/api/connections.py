@@ -19,6 +19,8 @@ _log = logging.getLogger(__name__)
 
 # Bytes of a request's head, of the trailers of a body, and of what is neither.
 MAX_HEAD = 16 << 10
+# Lines of a head, each of which costs more than its bytes.
+_LINES = 64
 # A request that arrives in one piece of so many bytes isn't counted: it costs no more than the
 # connection itself.
 _SMALL = 4 << 10
@@ -78,6 +80,7 @@ class Connection(RequestHandler):
             loop=loop,
             access_log=None,  # type: ignore[arg-type] # aiohttp checks for it
             keepalive_timeout=server.limits.keepalive_timeout,
+            max_headers=_LINES,
             read_bufsize=_AHEAD,
             # Bodies are small, and what unpacks to gigabytes needs no unpacking.
             auto_decompress=False,
