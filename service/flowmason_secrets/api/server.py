@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable
 
+from aiohttp import web
 from aiohttp.web_request import BaseRequest
 
 from ..core.access import Caller, Principal
