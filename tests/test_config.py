@@ -47,7 +47,11 @@ SAID: dict[str, tuple[str, Any]] = {
     "SEGMENT_BYTES": ("1048576", 1048576),
     "SEGMENT_AGE": ("3600.5", 3600.5),
     "QUEUE_LIMIT": ("7", 7),
+    "CONNECTIONS": ("100", 100),
+    "REQUEST_BYTES": ("1048576", 1048576),
+    "HEAD_TIMEOUT": ("1.5", 1.5),
     "BODY_TIMEOUT": ("2.5", 2.5),
+    "WRITE_TIMEOUT": ("4", 4.0),
     "KEEPALIVE_TIMEOUT": ("10", 10.0),
 }
 

@@ -34,7 +34,11 @@ class Settings:
     segment_bytes: int = 64 << 20
     segment_age: float = 86400.0
     queue_limit: int = 10_000
+    connections: int = 10_000
+    request_bytes: int = 64 << 20
+    head_timeout: float = 10.0
     body_timeout: float = 30.0
+    write_timeout: float = 30.0
     keepalive_timeout: float = 75.0
 
     @property
@@ -63,7 +67,20 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "SEGMENT_BYTES": ("segment_bytes", "At which size a segment of the event log is sealed."),
     "SEGMENT_AGE": ("segment_age", "At which age, in seconds, a segment is sealed."),
     "QUEUE_LIMIT": ("queue_limit", "How many operations may wait for their commit."),
+    "CONNECTIONS": (
+        "connections",
+        "How many connections each process keeps open; fewer if the system allows it fewer files.",
+    ),
+    "REQUEST_BYTES": (
+        "request_bytes",
+        "How much each process holds of requests that wait, and of answers that aren't taken.",
+    ),
+    "HEAD_TIMEOUT": ("head_timeout", "Seconds within which a request's head has to arrive."),
     "BODY_TIMEOUT": ("body_timeout", "Seconds within which a request's body has to arrive."),
+    "WRITE_TIMEOUT": (
+        "write_timeout",
+        "Seconds within which an answer has to be taken, or 64 KiB more of it.",
+    ),
     "KEEPALIVE_TIMEOUT": ("keepalive_timeout", "Seconds after which idle connections close."),
 }
 

@@ -6,6 +6,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import socket
 import ssl
 import stat
@@ -14,9 +15,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiohttp import web
-
-from .api.server import Dispatcher, make_server
+from .api.accepting import Acceptor
+from .api.connections import Budget, Limits, Server
+from .api.server import Dispatcher
 from .app import open_service
 from .config import Settings, is_loopback
 from .core.errors import ConfigurationError
@@ -32,6 +33,9 @@ _log = logging.getLogger(__name__)
 # after that. By `PATIENCE` a server has ended, unless something hangs.
 DRAIN = 10.0
 PATIENCE = 2 * DRAIN + 5.0
+
+# Descriptors that a process needs beside those of its connections.
+_OWN_FILES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,34 +116,61 @@ async def serve(
     listen = address.listen
     service = await open_service(settings)
     try:
+        limits = _limits(settings)
+        budget = Budget(limits.request_bytes)
         dispatcher = Dispatcher(
-            service, body_timeout=settings.body_timeout, behind_proxy=listen.behind_proxy
+            service,
+            budget,
+            body_timeout=settings.body_timeout,
+            behind_proxy=listen.behind_proxy,
         )
-        server = make_server(dispatcher, settings.keepalive_timeout)
-        runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN)
-        await runner.setup()
+        server = Server(dispatcher, limits, budget)
+        acceptor = Acceptor(address.sockets, server, listen.tls)
         try:
-            sites = [
-                web.SockSite(runner, one, ssl_context=listen.tls, backlog=1024)
-                for one in address.sockets
-            ]
-            for site in sites:
-                await site.start()
+            acceptor.start()
             reason = await service.ready()
             if reason is not None:
                 _log.warning("values and changes are refused until this is over: %s", reason)
             service.start()
             ready()
             await _obey(orders, service)
-            for site in sites:
-                await site.stop()
+        finally:
+            await acceptor.stop()
             service.following.end()
+            # What has arrived already is answered.
+            await asyncio.sleep(0)
             # aiohttp's own end discards bodies that are still arriving.
             await dispatcher.drain(DRAIN)
-        finally:
-            await runner.cleanup()
+            server.pre_shutdown()
+            await server.shutdown(DRAIN)
     finally:
         await service.close()
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        connections=_descriptors(settings.connections),
+        request_bytes=settings.request_bytes,
+        head_timeout=settings.head_timeout,
+        write_timeout=settings.write_timeout,
+        keepalive_timeout=settings.keepalive_timeout,
+    )
+
+
+def _descriptors(connections: int) -> int:
+    """How many of so many connections this process may have open, beside its own files."""
+    needed = connections + _OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return connections
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    # macOS has a lower limit yet, and tells nobody.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    if soft < needed:
+        _log.info("only %d open files are allowed: fewer connections than set", soft)
+    return max(1, min(connections, soft - _OWN_FILES))
 
 
 async def _obey(orders: Orders, service: Service) -> None:

@@ -13,9 +13,6 @@ from aiohttp.web_request import BaseRequest
 
 _JSON = "application/json"
 
-# Bytes that a client may leave unread before his next request has to wait.
-_UNREAD = 65536
-
 _REASONS = {int(status): status.phrase for status in HTTPStatus}
 
 
@@ -60,7 +57,7 @@ class Answer(web.StreamResponse):
         body = b"" if request.method == "HEAD" else self._content
         transport.write(head.encode("latin-1") + body)
         self._eof_sent = True
-        if transport.get_write_buffer_size() > _UNREAD:
+        if transport.get_write_buffer_size():
             # A client that asks and does not read waits for himself.
             await request.writer.drain()
         return None

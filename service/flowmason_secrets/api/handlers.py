@@ -104,7 +104,9 @@ async def list_secrets(service: Service, call: Call) -> Answer:
     last, count = "", 0
     async for page in service.listing(call.caller, wanted):
         kept = page[: limit - count] if paged else page
-        pieces += [msgspec.json.encode(entry.shown(now)) for entry in kept]
+        added = [msgspec.json.encode(entry.shown(now)) for entry in kept]
+        call.hold(sum(map(len, added)))
+        pieces += added
         last, count = (kept[-1].name if kept else last), count + len(page)
     headers = paging.link(call, last) if paged and count > limit else {}
     return json_answer(b"[" + b",".join(pieces) + b"]", headers=headers)

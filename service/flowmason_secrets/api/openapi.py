@@ -9,6 +9,9 @@ from .. import __version__
 from .routes import ROUTES, Route
 from .shapes import Problem
 
+# Any request may be answered so, before its route is known.
+_ANY = (400, 408, 431, 503)
+
 _REF = "#/components/schemas/{name}"
 
 
@@ -53,11 +56,11 @@ def _operation(route: Route, schema_of: dict[str, dict[str, Any]]) -> dict[str, 
             for status, shape in route.answers.items()
         },
     }
-    for status in route.problems:
-        schema = schema_of[str(Problem)]
-        operation["responses"][str(status)] = _response(
-            status, ("application/problem+json",), schema
-        )
+    problem = schema_of[str(Problem)]
+    for status in sorted({*route.problems, *_ANY}):
+        response = _response(status, ("application/problem+json",), problem)
+        known = operation["responses"].setdefault(str(status), response)
+        known["content"] |= response["content"]
     if route.scopes:
         operation["security"] = [{"bearer": []}, {"header": []}]
         operation["description"] = f"Scopes: {', '.join(route.scopes)}."

@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -14,8 +14,9 @@ from aiohttp.web_request import BaseRequest
 
 from ..core.access import Caller
 from ..core.drafts import Precondition
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, Overloaded
 from ..core.keyring import Plaintext
+from .connections import Budget
 from .problems import RequestError, malformed
 
 T = TypeVar("T")
@@ -35,8 +36,20 @@ class Call:
     caller: Caller
     params: dict[str, str]
     query: dict[str, str]
-    body_timeout: float = 30.0
-    link: str = field(default="")
+    budget: Budget
+    body_timeout: float
+    # What the answer has of the budget while it is made, in bytes.
+    held: int = 0
+
+    def hold(self, size: int) -> None:
+        """The answer has grown by so many bytes.
+
+        Raises:
+            Overloaded: there is no room for them.
+        """
+        if not self.budget.take(size):
+            raise Overloaded("Too much is waiting to be answered")
+        self.held += size
 
 
 def request_id(raw: BaseRequest) -> str | None:

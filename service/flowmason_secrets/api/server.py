@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Callable
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 
 from ..core.access import Caller, Principal
@@ -16,7 +15,8 @@ from ..core.errors import SecretsError, Unauthenticated
 from ..service import Service
 from . import openapi, requests
 from .answers import Answer, json_answer
-from .problems import RequestError, internal_error, malformed, problem_response
+from .connections import Budget, Limits
+from .problems import RequestError, internal_error, problem_response
 from .requests import Call
 from .routes import ROUTES, Route, RouteTable
 
@@ -38,16 +38,22 @@ def _openapi_route() -> Route:
 
 
 class Dispatcher:
-    """The request handler of a `web.Server`.
+    """The request handler of a `Server`.
 
     There is no `web.Application` below: its resolving and middleware cost a fourth of a bare
     request, and the routes are few.
     """
 
     def __init__(
-        self, service: Service, *, body_timeout: float = 30.0, behind_proxy: bool = False
+        self,
+        service: Service,
+        budget: Budget | None = None,
+        *,
+        body_timeout: float = 30.0,
+        behind_proxy: bool = False,
     ) -> None:
         self._service = service
+        self.budget = budget or Budget(Limits().request_bytes)
         self._body_timeout = body_timeout
         self._behind_proxy = behind_proxy
         self._active = 0
@@ -61,6 +67,7 @@ class Dispatcher:
         """Answer one request."""
         request_id = requests.request_id(raw) or self._new_request_id()
         self._active += 1
+        call: Call | None = None
         try:
             target = raw.raw_path
             if not target.startswith("/"):
@@ -69,7 +76,7 @@ class Dispatcher:
             route, params = self._route(raw.method, path)
             decoded = requests.decode_query(query, route.known_query) if query else {}
             caller = await self._caller(raw, request_id) if route.scopes else _NOBODY
-            call = Call(raw, caller, params, decoded, self._body_timeout)
+            call = Call(raw, caller, params, decoded, self.budget, self._body_timeout)
             return await route.handler(self._service, call)
         except SecretsError as error:
             if isinstance(error, Unauthenticated):
@@ -82,6 +89,9 @@ class Dispatcher:
             return internal_error(request_id)
         finally:
             self._active -= 1
+            if call is not None and call.held:
+                # Next its answer is written, and what isn't taken of that is counted again.
+                self.budget.give(call.held)
             if self._idle is not None and not self._active:
                 self._idle.set()
 
@@ -115,42 +125,3 @@ class Dispatcher:
         known = authentication.recall(key) or await authentication.authenticate(key)
         address = requests.client_ip(raw, self._behind_proxy)
         return Caller(*known, address, requests.user_agent(raw), request_id)
-
-
-class Protocol(RequestHandler):
-    """aiohttp's protocol, but what is not HTTP is answered and logged without a word of it: it may
-    hold keys and values, and anybody can send it.
-    """
-
-    def handle_error(
-        self,
-        request: BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """The answer to what the parser refused; then the connection is closed."""
-        request_id = secrets.token_hex(8)
-        _log.info("request %s is not HTTP: %s", request_id, type(exc).__name__)
-        answer = problem_response(malformed("The request is not HTTP/1.1."), request_id)
-        answer.force_close()
-        return answer
-
-
-class Server(web.Server):
-    """aiohttp's low-level server with our protocol."""
-
-    def __call__(self) -> Protocol:
-        """The protocol of a new connection."""
-        return Protocol(self, loop=self._loop, **self._kwargs)
-
-
-def make_server(dispatcher: Dispatcher, keepalive_timeout: float = 75.0) -> Server:
-    """A server that answers with `dispatcher`; the timeout in seconds."""
-    return Server(
-        dispatcher,
-        access_log=None,
-        keepalive_timeout=keepalive_timeout,
-        # Bodies are small, and what unpacks to gigabytes needs no unpacking.
-        auto_decompress=False,
-    )
