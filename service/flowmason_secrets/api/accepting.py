@@ -13,8 +13,6 @@ _log = logging.getLogger(__name__)
 _BACKLOG = 1024
 # Bytes on their way that the system keeps for a connection, in each direction; Linux doubles it.
 _SYSTEM_BUFFER = 128 << 10
-# Connections that are taken before others have their turn.
-_BURST = 16
 # Seconds after which it is tried again when there is no room.
 _RETRY = 1.0
 
@@ -79,25 +77,25 @@ class Acceptor:
         self._retry = self._loop.call_later(_RETRY, self._resume)
 
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(_BURST):
-            if self._server.is_full:
-                self._pause_for_a_while()
-                self._server.on_room = self._resume
-                self._server.make_room()
-                return
-            try:
-                accepted, _ = listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                # No descriptors or no memory: it would be readable again and again.
-                _log.error("can't accept connections: %s", error.strerror)
-                self._pause_for_a_while()
-                return
-            accepted.setblocking(False)
-            task = self._loop.create_task(self._open(self._server(), accepted))
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+        """Take one connection: of many that come at once each process has its share."""
+        if self._server.is_full:
+            self._pause_for_a_while()
+            self._server.on_room = self._resume
+            self._server.make_room()
+            return
+        try:
+            accepted, _ = listening.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # No descriptors or no memory: it would be readable again and again.
+            _log.error("can't accept connections: %s", error.strerror)
+            self._pause_for_a_while()
+            return
+        accepted.setblocking(False)
+        task = self._loop.create_task(self._open(self._server(), accepted))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
 
     async def _open(self, connection: Connection, accepted: socket.socket) -> None:
         timeout = self._server.limits.head_timeout if self._tls else None
