@@ -14,7 +14,7 @@ from .core.errors import SecretsError
 from .core.events import Event, Line, Receipt
 from .core.intents import Intent
 from .core.keyring import KeyNotHeld, KeyUsage, NotAuthentic, Plaintext
-from .core.ports import AuditQuery, Index, ListQuery, Sources, Store
+from .core.ports import AuditQuery, Backend, ListQuery, Sources
 from .core.records import (
     DropSecret,
     Metadata,
@@ -27,6 +27,7 @@ from .gate import QUEUE_LIMIT, Gate
 from .keys import ApiKeys
 from .masterkeys import MasterKeys
 from .rotation import Rotation
+from .signer import LogSigner
 
 T = TypeVar("T")
 
@@ -39,17 +40,18 @@ class Service:
 
     def __init__(
         self,
-        store: Store,
-        index: Index,
+        backend: Backend,
         master: MasterKeys,
         sources: Sources,
         queue_limit: int = QUEUE_LIMIT,
     ) -> None:
+        store, index = backend.store, backend.index
         self._store = store
         self._index = index
         self._master = master
         self._clock, self._new_id = sources
         self.gate = Gate(store, queue_limit)
+        self.signer = LogSigner(backend.tree, store, self.gate, sources)
         self.authentication = Authentication(store, sources.clock)
         self.failures = Failures(self.gate, sources.new_id)
         self._path = Path(store, self.gate, self.authentication, master, sources.new_id)
@@ -254,6 +256,7 @@ class Service:
             await self.failures.close()
         finally:
             await self.gate.drain()
+            await self.signer.close()
             await self._index.close()
             await self._store.close()
 

@@ -13,7 +13,7 @@ from flowmason_secrets.core.drafts import Draft, KeyDraft
 from flowmason_secrets.core.events import Ids
 from flowmason_secrets.core.keyring import Keyring, Plaintext
 from flowmason_secrets.core.names import org_hash, secret_hash
-from flowmason_secrets.core.ports import Sources
+from flowmason_secrets.core.ports import Backend, Sources
 from flowmason_secrets.index.sqlite import SqliteIndex
 from flowmason_secrets.masterkeys import MasterKeys
 from flowmason_secrets.service import Service
@@ -25,6 +25,8 @@ from flowmason_secrets.storage.eventlog import SegmentLimits
 from flowmason_secrets.storage.files import FilesStore, FilesTail
 from flowmason_secrets.storage.keysources import KeyFile
 from flowmason_secrets.storage.published import Layout, Published
+from flowmason_secrets.storage.signedtree import FilesTree
+from flowmason_secrets.storage.signing import SigningKey
 
 from .truth import (
     CALLER,
@@ -35,6 +37,7 @@ from .truth import (
     gone,
     key_file,
     set_to,
+    signing_key,
     under,
 )
 
@@ -63,7 +66,9 @@ def open_on(root: Path, durable: Durable, segment: int = WHOLE) -> Service:
         FilesTail(environment), layout.index, lambda: store.position, durable.unlink
     )
     master = MasterKeys(keyring, source, lambda: store.position)
-    return Service(store, index, master, sources)
+    key = SigningKey(signing_key(root), durable)
+    tree = FilesTree(layout, durable, key, sources.clock)
+    return Service(Backend(store, index, tree), master, sources)
 
 
 # --- what is done ---------------------------------------------------------------------------

@@ -155,6 +155,11 @@ def key_file(root: Path) -> Path:
     return root.with_name("master.key")
 
 
+def signing_key(root: Path) -> Path:
+    """The key that signs the log of a data directory in a table."""
+    return root.with_name("signing.key")
+
+
 async def look(service: Service, root: Path, raw: dict[str, Plaintext]) -> Found:
     """Read everything, and try the API keys."""
     found = Found(keys=read_key_file(key_file(root)))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ..core import times
 from ..core.errors import LogDamaged
@@ -287,6 +288,7 @@ class ChunkReader:
         if segment != first or not first <= seq <= start:
             seq, offset = first, 0
         with (self._directory / segment_name(first)).open("rb") as file:
+            seq, offset = _near(file, start, (seq, offset))
             file.seek(offset)
             while seq < stop:
                 data = file.read(_CHUNK) + file.readline()
@@ -301,6 +303,28 @@ class ChunkReader:
                 seq += len(lines)
                 offset = place + len(wanted)
                 self._stopped = (seq, first, offset)
+
+
+def _near(file: BinaryIO, start: int, known: tuple[int, int]) -> tuple[int, int]:
+    """The seq and the offset of a line not far before line `start`, found by halving what lies
+    behind a known line.
+    """
+    (seq, offset), end = known, os.fstat(file.fileno()).st_size
+    while start > seq and end - offset > _CHUNK:
+        middle = (offset + end) // 2
+        file.seek(middle)
+        file.readline()
+        place = file.tell()
+        try:
+            found = wire.decode_line(file.readline())["seq"]
+        except wire.Malformed:
+            # A torn tail.
+            found = start + 1
+        if found > start:
+            end = middle
+        else:
+            seq, offset = found, place
+    return seq, offset
 
 
 def read_line(directory: Path, segment: int, offset: int) -> bytes:

@@ -20,7 +20,7 @@ from ..core.records import (
     Single,
 )
 from . import wire
-from .durable import PRIVATE_FILE, Durable, LinkedFile
+from .durable import PRIVATE_FILE, Durable
 
 T = TypeVar("T")
 
@@ -40,6 +40,10 @@ class Layout:
         self.keys = root / "keys"
         self.lock = root / "commit.lock"
         self.index = root / "index.sqlite3"
+        self.tree = root / "tree"
+        self.checkpoint = root / "checkpoint"
+        self.checkpoints = root / "checkpoints.ndjson"
+        self.signing_lock = root / "signing.lock"
 
     def organisations(self) -> list[str]:
         """The directories of organisations: 16 hex digits. # format §2.1"""
@@ -85,8 +89,9 @@ class Published:
                 secret, meta = self._paths(org_id, metadata.name)
                 # The metadata name the token's hash: a reader in between sees a mismatch, and the
                 # gate tells him to read again.
-                self._place(secret, token)
-                self._place(meta, wire.encode_metadata(metadata, token))
+                self._durable.place(secret, token, PRIVATE_FILE)
+                data = wire.encode_metadata(metadata, token)
+                self._durable.place(meta, data, PRIVATE_FILE)
                 return [secret, meta, self._layout.root_path]
             case DropSecret(org_id, name):
                 secret, meta = self._paths(org_id, name)
@@ -176,16 +181,6 @@ class Published:
 
     def _paths(self, org_id: str, name: str) -> tuple[str, str]:
         return self._layout.secret(org_hash(org_id), secret_hash(name))
-
-    def _place(self, path: str, data: bytes) -> None:
-        try:
-            self._durable.put(path, data, PRIVATE_FILE)
-        except LinkedFile:
-            self._durable.unlink(path)
-            self._durable.put(path, data, PRIVATE_FILE)
-        except FileNotFoundError:
-            self._durable.make_directory(os.path.dirname(path))
-            self._durable.put(path, data, PRIVATE_FILE)
 
 
 def _read(path: str) -> bytes | None:
