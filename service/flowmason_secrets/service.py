@@ -28,6 +28,7 @@ from .keys import ApiKeys
 from .masterkeys import MasterKeys
 from .rotation import Rotation
 from .signer import LogSigner
+from .trail import Trail
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ class Service:
         self.keys = ApiKeys(store, self._path, sources.clock)
         self.following = Following((store, index), self.gate, self._path, sources.clock)
         self.rotation = Rotation((store, index), self.gate, self._path, master, sources.new_id)
+        self.trail = Trail(backend, self._path)
         self._locks: WeakValueDictionary[Ref, asyncio.Lock] = WeakValueDictionary()
 
     async def get(self, caller: Caller, name: str) -> Revealed:
@@ -257,6 +259,7 @@ class Service:
         finally:
             await self.gate.drain()
             await self.signer.close()
+            self.trail.close()
             await self._index.close()
             await self._store.close()
 

@@ -51,8 +51,9 @@ class LogSigner:
             LogDamaged: it is shorter than, or different from, what was signed.
             ConfigurationError: the signing key can't be used.
         """
-        self._leads = await self._run(self._tree.lead)
+        leads = await self._run(self._tree.lead)
         await self._check()
+        self._leads = leads
 
     def start(self) -> None:
         """Sign in the background; `open` has returned."""
@@ -64,9 +65,9 @@ class LogSigner:
         if self._task is not None:
             await self._task
         try:
-            if self._leads and self._task is not None:
+            if self._leads:
                 with contextlib.suppress(SecretsError, OSError):
-                    await self._sign()
+                    await self.sign()
         finally:
             await self._run(self._tree.close)
             self._thread.shutdown(wait=False)
@@ -101,9 +102,12 @@ class LogSigner:
         if not led:
             await self._check()
         self._leads = True
-        await self._anchor(await self._sign())
+        await self._anchor(await self.sign())
 
-    async def _sign(self) -> Progress:
+    async def sign(self) -> Progress:
+        """Sign the log as it is now, or a part of what is new if that is much; `open` has returned,
+        and no other process signs.
+        """
         return await self._run(self._tree.sign, await self._position())
 
     async def _anchor(self, progress: Progress) -> None:

@@ -15,7 +15,9 @@ from ..core.errors import LogDamaged
 from ..core.events import Event, Line
 from ..core.ports import Chunk, Sources
 from . import wire
+from .checkpoints import Checkpoints
 from .durable import SHARED_FILE, Durable
+from .published import Layout
 
 HEADER_BYTES = 1024
 _CHUNK = 1 << 20
@@ -60,15 +62,15 @@ class EventLog:
 
     def __init__(
         self,
-        directory: Path,
-        scratch: Path,
+        layout: Layout,
         durable: Durable,
         sources: Sources,
         limits: SegmentLimits,
     ) -> None:
-        self._directory = directory
-        self._path = os.fspath(directory)
-        self._scratch = scratch
+        self._directory = layout.events
+        self._path = os.fspath(layout.events)
+        self._scratch = layout.staged
+        self._checkpoints = Checkpoints(layout, durable)
         self._durable = durable
         self._clock, self._new_id = sources
         self._limits = limits
@@ -235,7 +237,7 @@ class EventLog:
             org_id=None,
             resource_type="log",
             resource_id=segment_name(first),
-            details={"previous_checkpoint": None},
+            details={"previous_checkpoint": self._checkpoints.quotable()},
         )
         data = wire.encode_header(header, first, times.render(now), HEADER_BYTES)
         draft = self._scratch / f"{header.id}.tmp"

@@ -18,10 +18,11 @@ from ..core.ports import Anchor, Chunk, Clock, Progress
 from ..core.tiles import ENTRIES, WIDTH, Edge, Tile, TileHashes, exists_in, split_hashes
 from ..core.tlogproof import Proof
 from . import wire
+from .checkpoints import Checkpoints, Signed
 from .durable import Durable
 from .eventlog import ChunkReader, segment_name, segments
 from .published import Layout
-from .signing import Checkpoints, Signed, SigningKey
+from .signing import SigningKey
 from .tree import TileFiles, hashes_of, whole_chunks
 
 # How many lines are hashed before others get their turn: some fifty milliseconds.
