@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -15,7 +16,7 @@ import pytest
 from flowmason_secrets import app
 from flowmason_secrets import signer as signer_module
 from flowmason_secrets.config import from_environment
-from flowmason_secrets.core import merkle
+from flowmason_secrets.core import merkle, tlogproof
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.checkpoint import Checkpoint
 from flowmason_secrets.core.drafts import Draft
@@ -25,6 +26,9 @@ from flowmason_secrets.core.note import Signer
 from flowmason_secrets.library import AsyncSecretsService
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage.durable import Durable
+from flowmason_secrets.storage.eventlog import SegmentLimits
+from flowmason_secrets.storage.published import Layout
+from flowmason_secrets.storage.signedtree import FilesTree
 from flowmason_secrets.storage.signing import SigningKey
 
 from .harness.faults import PowerOff, Unplugged, Watched
@@ -41,16 +45,30 @@ from .harness.signed import (
     until,
     verifier_of,
 )
+from .test_stores import files_store, read
 
 SECRETS = "/api/v1/secrets"
+
+
+async def signed_beyond(data_dir: Path, size: int) -> int:
+    """Return when more than so many events are signed, and how many."""
+    await until(lambda: newest(data_dir).size > size)
+    return newest(data_dir).size
+
+
+async def all_signed(data_dir: Path) -> None:
+    """Return when there is nothing left to sign."""
+    await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
+
+
 ACME = app.local_caller("acme", "tester")
 
 
 async def write(service: Service, count: int, caller: Caller = ACME) -> None:
     """Events: a secret that is set, and read."""
     await service.set(caller, Draft("N", Plaintext("v")))
-    for _ in range(0, count, 50):
-        await asyncio.gather(*(service.get(caller, "N") for _ in range(min(count, 50))))
+    for done in range(0, count, 50):
+        await asyncio.gather(*(service.get(caller, "N") for _ in range(min(count - done, 50))))
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -65,8 +83,7 @@ async def test_a_server_signs_while_the_log_grows_and_when_it_ends(data_dir: Pat
             async with client.post(SECRETS, json={"name": f"N{number}", "value": "v"}) as answer:
                 seq = int(answer.headers["Audit-Seq"])
             assert seq >= before
-            await until(lambda: (data_dir / "checkpoint").exists() and newest(data_dir).size > seq)  # noqa: B023
-            sizes.append(newest(data_dir).size)
+            sizes.append(await signed_beyond(data_dir, seq))
         # Nothing new: nothing is signed.
         await asyncio.sleep(2.2)
         assert [one.size for one in check_signed(data_dir, key_of(data_dir))] == sizes
@@ -96,14 +113,10 @@ async def test_another_process_goes_on_when_the_signer_is_killed(data_dir: Path)
                         assert answer.status in (200, 201)
 
             tasks = [asyncio.create_task(load()) for _ in range(4)]
-            await until(
-                lambda: (data_dir / "checkpoint").exists() and newest(data_dir).size > signed
-            )  # noqa: B023, E501
+            await signed_beyond(data_dir, signed)
             await asyncio.sleep(random.uniform(0.0, 1.2))
             await dying.kill()
-            grown = len(read_log(data_dir))
-            await until(lambda: newest(data_dir).size > grown)  # noqa: B023
-            signed = newest(data_dir).size
+            signed = await signed_beyond(data_dir, len(read_log(data_dir)))
             assert not any(task.done() for task in tasks)
             for task in tasks:
                 task.cancel()
@@ -171,14 +184,12 @@ class Place(NamedTuple):
         return sorted((self.root / "events").iterdir())
 
     def change(self, seq: int) -> None:
-        """Change one line, so that it is still an event and as long as it was."""
+        """Change one line, which is still the same event."""
         for segment in self.segments:
             data = segment.read_bytes()
             changed = data.replace(b'"seq":%d,' % seq, b'"seq":%d, ' % seq)
             if changed != data:
-                segment.write_bytes(
-                    changed.replace(b'tester","actor_type', b'teste","actor_type', 1)
-                )
+                segment.write_bytes(changed)
                 return
         raise AssertionError(seq)
 
@@ -203,12 +214,17 @@ class Place(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-async def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """700 events in three segments, the first checkpoint over a part of them, and what follows the
     newest one.
     """
     root = tmp_path_factory.mktemp("signed") / "data"
-    service = await app.open_service(settings_for(root, segment_bytes=110_000))
+    return Place(root, asyncio.run(make(root)))
+
+
+async def make(root: Path) -> int:
+    """Make it; returns the size of the older checkpoint."""
+    service = await app.open_service(settings_for(root, segment_bytes=130_000))
     await write(service, 300)
     await sign(service)
     older = newest(root).size
@@ -221,8 +237,8 @@ async def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
     await service.close()
     shutil.rmtree(root.parent)
     root.parent.with_name("crashed").rename(root.parent)
-    assert len(list((root / "events").iterdir())) == 3
-    return Place(root, older)
+    assert len(list((root / "events").iterdir())) == 3, os.listdir(root / "events")
+    return older
 
 
 @pytest.fixture
@@ -273,6 +289,21 @@ def edge_garbled(place: Place) -> None:
         path.write_bytes(bytes(path.stat().st_size))
 
 
+def two_changed(place: Place) -> None:
+    place.change(size_of(place) - 1)
+    place.change(last_segment(place) + 7)
+
+
+def changed_without_tiles(place: Place) -> None:
+    place.change(3)
+    without_tiles(place)
+
+
+def changed_with_wrong_tiles(place: Place) -> None:
+    place.change(size_of(place) - 1)
+    edge_garbled(place)
+
+
 REFUSED: dict[str, tuple[Callable[[Place], object], type[Exception], str]] = {
     "three lines less": (
         lambda place: place.cut(size_of(place) - 3),
@@ -295,17 +326,17 @@ REFUSED: dict[str, tuple[Callable[[Place], object], type[Exception], str]] = {
         r"It differs at event {segment}\.",
     ),
     "two lines changed": (
-        lambda place: (place.change(size_of(place) - 1), place.change(last_segment(place) + 7)),
+        two_changed,
         LogDamaged,
         r"It differs at event {eighth}\.",
     ),
     "a line changed, and no tiles": (
-        lambda place: (place.change(3), without_tiles(place)),
+        changed_without_tiles,
         LogDamaged,
         r"It differs at somewhere among events 0 to {last}",
     ),
     "a line changed, and a wrong tile": (
-        lambda place: (place.change(size_of(place) - 1), edge_garbled(place)),
+        changed_with_wrong_tiles,
         LogDamaged,
         r"It differs at ",
     ),
@@ -377,6 +408,17 @@ def without(*names: str) -> Callable[[Place], object]:
     return remove
 
 
+def check_proofs(root: Path) -> None:
+    """Lines of all parts of the log are proven."""
+    tree = FilesTree(Layout(root), Durable(), SigningKey(key_of(root), Durable()), time.time)
+    lines = raw_lines(root)
+    for seq in (0, 1, 255, 256, 300, 511, 512, 600, len(lines) - 1):
+        proof = tree.prove(seq)
+        assert proof is not None
+        found = tlogproof.verify(lines[seq], tlogproof.parse(proof), [verifier_of(key_of(root))])
+        assert found == newest(root)
+
+
 def tile_cut_short(place: Place) -> None:
     path = place.root / "tree/tile/0/001"
     path.write_bytes(path.read_bytes()[:1000])
@@ -405,11 +447,13 @@ async def test_what_is_accepted(made: Place, place: Place, name: str) -> None:
     statements = check_signed(place.root, key_of(place.root))
     assert statements[-1] == newest(place.root)
     assert newest(place.root).size == len(raw_lines(place.root)) > size_of(made)
-    # The cache is whole again.
-    for tile in (made.root / "tree").rglob("*"):
-        if tile.is_file():
-            again = place.root / tile.relative_to(made.root)
-            assert again.read_bytes()[: tile.stat().st_size] == tile.read_bytes()
+    check_proofs(place.root)
+    if "tiles" in name:
+        # The cache is whole again.
+        for tile in (made.root / "tree").rglob("*"):
+            if tile.is_file():
+                again = place.root / tile.relative_to(made.root)
+                assert again.read_bytes()[: tile.stat().st_size] == tile.read_bytes()
 
 
 async def test_without_history_and_checkpoint_it_begins_anew(place: Place) -> None:
@@ -453,12 +497,12 @@ async def test_what_is_signed_is_durable(tmp_path: Path) -> None:
         class Dying(Unplugged):
             # Off at the sync that follows the write of the event.
             def before(self, kind: str) -> None:
-                if kind == "sync" and self.steps and self.steps[-2:-1] == ["write"]:
+                if self.steps[-2:] == ["write", "sync"]:
                     self.arm(0)
 
-        dying = await app.open_service(settings_for(root, segment_bytes=segment), Dying(medium))
+        dying = files_store(root, Dying(medium), SegmentLimits(segment))
         with pytest.raises(PowerOff):
-            await dying.get(ACME, "N")
+            await dying.commit([read("N")])
         await watching.signer.sign()
         signed = newest(root).size
         assert signed == len(read_log(root))
@@ -498,17 +542,21 @@ def anchors(data_dir: Path) -> list[tuple[int, str]]:
     ]
 
 
+def anchored(data_dir: Path) -> bool:
+    """Whether there is a checkpoint in the newest segment, or only one segment."""
+    segments = sorted((data_dir / "events").iterdir())
+    return len(segments) == 1 or b'"log.checkpoint"' in segments[-1].read_bytes()
+
+
 async def test_the_checkpoint_goes_into_the_log_when_a_segment_begins(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signer_module, "INTERVAL", 0.01)
     service = await app.open_service(settings_for(data_dir, segment_bytes=30_000), signs=True)
-    for round_number in range(3):
+    for _ in range(4):
         await write(service, 60)
-        begun = len(list((data_dir / "events").iterdir())) - 1
-        if begun:
-            await until(lambda: len(anchors(data_dir)) > round_number - 1)  # noqa: B023
-    await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
+        await until(lambda: anchored(data_dir))
+    await all_signed(data_dir)
     await service.close()
     notes = {note.decode() for note in history(data_dir)}
     lines = read_log(data_dir)
@@ -536,7 +584,7 @@ async def test_and_once_an_hour_if_there_is_something_new(
     monkeypatch.setattr(signer_module, "INTERVAL", 0.01)
     service = await app.open_service(settings_for(data_dir), signs=True)
     await write(service, 5)
-    await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
+    await all_signed(data_dir)
     assert anchors(data_dir) == []
     monkeypatch.setattr(signer_module, "ANCHOR_EVERY", 0.0)
     await until(lambda: len(anchors(data_dir)) == 1)
@@ -549,7 +597,7 @@ async def test_and_once_an_hour_if_there_is_something_new(
     monkeypatch.setattr(signer_module, "ANCHOR_EVERY", 3600.0)
     service = await app.open_service(settings_for(data_dir), signs=True)
     await service.get(ACME, "N")
-    await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
+    await all_signed(data_dir)
     await service.close()
     assert len(anchors(data_dir)) == 2
 
@@ -565,18 +613,18 @@ async def test_one_signs_and_another_takes_over(
     second = await app.open_service(settings_for(data_dir), signs=True)
     for number in range(3):
         await second.set(ACME, Draft(f"N{number}", Plaintext("v")))
-        await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
+        await all_signed(data_dir)
     assert [first.signer._leads, second.signer._leads] == [True, False]
     await first.close()
     await second.get(ACME, "N0")
-    await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
+    await all_signed(data_dir)
     # Whoever removes the lock makes room for another one, and nothing is signed twice.
     third = await app.open_service(settings_for(data_dir), signs=True)
     (data_dir / "signing.lock").unlink()
     for _ in range(3):
         await third.get(ACME, "N0")
         await asyncio.sleep(0.1)
-    await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
+    await all_signed(data_dir)
     assert second.signer._leads != third.signer._leads
     await second.close()
     await third.close()
@@ -598,7 +646,7 @@ async def test_it_goes_on_after_an_error(data_dir: Path, monkeypatch: pytest.Mon
     disk = Broken()
     service = await app.open_service(settings_for(data_dir), disk, signs=True)
     await service.set(ACME, Draft("N", Plaintext("v")))
-    await until(lambda: (data_dir / "checkpoint").exists())
+    await until(lambda: newest(data_dir).size > 0)
     signed = newest(data_dir).size
     disk.broken = True
     await service.get(ACME, "N")
@@ -606,7 +654,7 @@ async def test_it_goes_on_after_an_error(data_dir: Path, monkeypatch: pytest.Mon
     assert newest(data_dir).size == signed
     disk.broken = False
     await service.get(ACME, "N")
-    await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
+    await all_signed(data_dir)
     await service.close()
     check_signed(data_dir, key_of(data_dir))
 

@@ -63,8 +63,9 @@ def history(data_dir: Path) -> list[bytes]:
 
 
 def newest(data_dir: Path) -> Checkpoint:
-    """What the newest checkpoint says, unverified."""
-    return checkpoint.read((data_dir / "checkpoint").read_bytes())[0]
+    """What the newest checkpoint says, unverified; before there is one, that the log is empty."""
+    path = data_dir / "checkpoint"
+    return checkpoint.read(path.read_bytes())[0] if path.exists() else Checkpoint("", 0, b"")
 
 
 def check_signed(data_dir: Path, key: Path) -> list[Checkpoint]:

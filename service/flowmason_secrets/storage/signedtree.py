@@ -124,15 +124,18 @@ class FilesTree:
                 )
 
     def _resumed(self, signed: Checkpoint) -> Edge | None:
-        """The tree that was signed, from the tiles and the lines of the last segment; None if that
-        is not what was signed.
+        """The tree that was signed, from the tiles and the lines of the last segment; None if tiles
+        are missing, or if that is not what was signed.
         """
         start = max(n for n in (0, *segments(self._layout.events)) if n < max(signed.size, 1))
-        edge = Edge(start, self._files.read)
+        edge = None
+        with contextlib.suppress(Unverified):
+            edge = Edge(start, self._files.stored_or_fail)
         for chunk in whole_chunks(self._reader, start, signed.size):
             self._note(chunk)
-            edge.extend(hashes_of(chunk))
-        return edge if edge.root() == signed.root else None
+            if edge is not None:
+                edge.extend(hashes_of(chunk))
+        return edge if edge is not None and edge.root() == signed.root else None
 
     def _root_of(self, size: int) -> bytes:
         return merkle.root_of(size, TileHashes(size, self._files.read))
