@@ -48,6 +48,7 @@ from .harness.signed import (
 from .test_stores import files_store, read
 
 SECRETS = "/api/v1/secrets"
+ACME = app.local_caller("acme", "tester")
 
 
 async def signed_beyond(data_dir: Path, size: int) -> int:
@@ -59,9 +60,6 @@ async def signed_beyond(data_dir: Path, size: int) -> int:
 async def all_signed(data_dir: Path) -> None:
     """Return when there is nothing left to sign."""
     await until(lambda: newest(data_dir).size == len(read_log(data_dir)))
-
-
-ACME = app.local_caller("acme", "tester")
 
 
 async def write(service: Service, count: int, caller: Caller = ACME) -> None:
@@ -224,7 +222,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 async def make(root: Path) -> int:
     """Make it; returns the size of the older checkpoint."""
-    service = await app.open_service(settings_for(root, segment_bytes=130_000))
+    service = await app.open_service(settings_for(root, segment_bytes=90_000))
     await write(service, 300)
     await sign(service)
     older = newest(root).size

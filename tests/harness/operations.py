@@ -28,6 +28,7 @@ from flowmason_secrets.storage.published import Layout, Published
 from flowmason_secrets.storage.signedtree import FilesTree
 from flowmason_secrets.storage.signing import SigningKey
 
+from .signed import sign
 from .truth import (
     CALLER,
     MARK,
@@ -174,6 +175,12 @@ async def retire(service: Service, truth: Truth) -> None:
     truth.answered()
 
 
+async def read_and_sign(service: Service, truth: Truth) -> None:
+    """Read a secret, and sign the log, which is held against what was signed before."""
+    await read(service, truth)
+    await sign(service)
+
+
 update = put("OLD", "a new value, longer than the one before " * 9)
 
 # --- where it begins ------------------------------------------------------------------------
@@ -228,6 +235,17 @@ async def loose(root: Path) -> Truth:
     """FlowMason 1.0 made its directories with the default mode."""
     truth = await settled(root)
     (root / org_hash("acme")).chmod(0o755)
+    return truth
+
+
+async def signed(root: Path) -> Truth:
+    """The log was signed before, and the last line of the history is torn."""
+    truth = await settled(root)
+    service = open_on(root, Durable())
+    await read_and_sign(service, truth)
+    await service.close()
+    with (root / "checkpoints.ndjson").open("ab") as file:
+        file.write(b'{"time":"20')
     return truth
 
 
@@ -286,6 +304,8 @@ OPERATIONS: dict[str, Operation] = {
     "rotation step": Operation(rotate, rotating),
     "rotation step, new segment": Operation(rotate, rotating, segment=1),
     "old master key retired": Operation(retire, rotated),
+    "signing step": Operation(read_and_sign, signed),
+    "signing step, new segment": Operation(read_and_sign, signed, segment=1),
     "opening what anybody may read": Operation(read, loose),
     "first start": Operation(put("OLD", "first"), empty),
 }
