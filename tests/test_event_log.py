@@ -26,6 +26,7 @@ from flowmason_secrets.storage.eventlog import (
     segment_name,
     segments,
 )
+from flowmason_secrets.storage.published import Layout
 
 from .harness.faults import Faulty, PowerOff, Unplugged, io_error, no_space, short_write
 
@@ -51,7 +52,8 @@ class Logs:
 
     def __init__(self, root: Path) -> None:
         self.clock = Clock()
-        self.directory, self.scratch = root / "events", root / "staged"
+        self.layout = Layout(root)
+        self.directory, self.scratch = self.layout.events, self.layout.staged
         self.directory.mkdir()
         self.scratch.mkdir()
         self.new_id = Ids(self.clock, Random(1).randbytes)
@@ -60,8 +62,7 @@ class Logs:
         self, *, size: int = 64 << 20, age: float = 86400.0, durable: Durable | None = None
     ) -> EventLog:
         log = EventLog(
-            self.directory,
-            self.scratch,
+            self.layout,
             durable or Durable(),
             Sources(self.clock, self.new_id),
             SegmentLimits(size, age),

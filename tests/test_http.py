@@ -39,6 +39,7 @@ SECRETS = "/api/v1/secrets"
 API_KEYS = "/api/v1/auth/api-keys"
 AUDIT = "/api/v1/auth/audit-log"
 WHOAMI = "/api/v1/auth/whoami"
+LOG = "/api/v1/log"
 
 METADATA = {
     "id",
@@ -88,7 +89,8 @@ async def ask(
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     async with client.request(method, path, json=document, headers=sent) as answer:
         received = {name.lower(): value for name, value in answer.headers.items()}
-        return Reply(answer.status, received, await answer.json(content_type=None))
+        content = await (answer.json() if "json" in answer.content_type else answer.read())
+        return Reply(answer.status, received, content)
 
 
 async def put(client: aiohttp.ClientSession, name: str, value: str = "v", **more: object) -> Reply:
@@ -139,6 +141,9 @@ TABLE = {
     f"GET {API_KEYS}": {F},
     f"DELETE {API_KEYS}/{{id}}": {F},
     f"GET {WHOAMI}": {F, R, E, D},
+    f"GET {LOG}/checkpoint": {F, R, E, D},
+    f"GET {LOG}/proof/{{seq}}": {F, R},
+    f"GET {LOG}/tile/{{level}}/{{number}}": {F, R, E, D},
     "GET /healthz": set(),
     "GET /readyz": set(),
 }
@@ -155,12 +160,17 @@ def test_the_routes_are_those_of_the_specification() -> None:
 
 @pytest.mark.parametrize("scope", [F, R, E, D])
 @pytest.mark.parametrize("route", [route for route in TABLE if TABLE[route]])
-async def test_scopes(client: Client, data_dir: Path, route: str, scope: str) -> None:
+async def test_scopes(
+    service: Service, client: Client, data_dir: Path, route: str, scope: str
+) -> None:
     admin, asking = await client(), await client(scopes=(scope,))
     await put(admin, "N")
     other = await ask(admin, "POST", API_KEYS, {"name": "other"})
     method, _, template = route.partition(" ")
     path = template.replace("{name}", "N").replace("{id}", other.body["api_key"]["id"])
+    path = path.format(seq=other.headers["audit-seq"], level=0, number="000.p/1")
+    await service.signer.open()
+    await service.signer.sign()
     if scope in TABLE[route]:
         # Not every answer is JSON, and a stream has no end.
         async with asking.request(method, path, json=BODIES.get(route)) as answer:
@@ -1008,6 +1018,9 @@ RAISED: list[tuple[errors.SecretsError, int, str, dict[str, object], dict[str, s
     (errors.Denied("No."), 403, "denied", {}, {}),
     (errors.SecretNotFound("N"), 404, "secret_not_found", {}, {}),
     (errors.ApiKeyNotFound("k"), 404, "api_key_not_found", {}, {}),
+    (errors.EventNotFound(7), 404, "event_not_found", {}, {}),
+    (errors.TileNotFound(), 404, "tile_not_found", {}, {}),
+    (errors.CheckpointPending(), 503, "checkpoint_pending", {}, {"Retry-After": "1"}),
     (errors.SecretExpired("N", "2020"), 410, "secret_expired", {}, {}),
     (errors.PreconditionFailed("N", None), 412, "precondition_failed", {}, {}),
     (

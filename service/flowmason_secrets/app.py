@@ -12,7 +12,7 @@ from .core.access import ANY, Caller, Principal
 from .core.events import Ids
 from .core.keyring import DEFAULT_KEY, Keyring, KeySource, MasterKey
 from .core.names import check_line, check_org
-from .core.ports import Sources
+from .core.ports import Backend, Sources
 from .index.sqlite import SqliteIndex
 from .masterkeys import MasterKeys
 from .service import Service
@@ -23,6 +23,8 @@ from .storage.eventlog import SegmentLimits
 from .storage.files import FilesStore, FilesTail
 from .storage.keysources import FixedKeys, KeyFile, Naming
 from .storage.published import Layout, Published
+from .storage.signedtree import FilesTree
+from .storage.signing import SigningKey
 
 _log = logging.getLogger("flowmason_secrets")
 
@@ -32,12 +34,18 @@ DEFAULT_KEY_WARNING = (
 )
 
 
-async def open_service(settings: Settings, durable: Durable | None = None) -> Service:
+async def open_service(
+    settings: Settings, durable: Durable | None = None, *, signs: bool = False
+) -> Service:
     """Open the data directory and recover what a crash left. Close the service after use.
+
+    With `signs` the log is held against what was signed, and signed from now on, unless another
+    process does that.
 
     Raises:
         LogUnavailable: the data directory can't be used.
-        LogDamaged: the event log contradicts itself.
+        LogDamaged: the event log contradicts itself, or what was signed.
+        ConfigurationError: the key that signs the log can't be used.
     """
     durable = durable or Durable()
     source = await asyncio.to_thread(key_source, settings, durable)
@@ -57,9 +65,13 @@ async def open_service(settings: Settings, durable: Durable | None = None) -> Se
         FilesTail(environment), layout.index, lambda: store.position, durable.unlink
     )
     master = MasterKeys(keyring, source, lambda: store.position)
-    service = Service(store, index, master, sources, settings.queue_limit)
+    tree = FilesTree(layout, durable, SigningKey(settings.signing_key, durable), sources.clock)
+    service = Service(Backend(store, index, tree), master, sources, settings.queue_limit)
     try:
         await service.recover()
+        if signs:
+            await service.signer.open()
+            service.signer.start()
     except BaseException:
         await service.close()
         raise

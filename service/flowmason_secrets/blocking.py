@@ -55,7 +55,7 @@ class _Loop:
         async with self._opening:
             self._users[user] = settings
             if settings not in self._services:
-                self._services[settings] = await open_service(settings)
+                self._services[settings] = await open_service(settings, signs=True)
             return self._services[settings]
 
     async def leave(self, user: object) -> None:

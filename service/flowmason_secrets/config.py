@@ -13,6 +13,7 @@ from .storage.keysources import read_key_file
 
 PREFIX = "FLOWMASON_SECRETS_"
 API_KEY = "FLOWMASON_API_KEY"
+CREDENTIAL = "flowmason-signing-key"
 DEFAULT_PORT = 8700
 
 
@@ -40,11 +41,21 @@ class Settings:
     body_timeout: float = 30.0
     write_timeout: float = 30.0
     keepalive_timeout: float = 75.0
+    signing_key_file: Path | None = None
 
     @property
     def root(self) -> Path:
         """The data directory with `~` expanded."""
         return self.data_dir.expanduser()
+
+    @property
+    def signing_key(self) -> Path:
+        """The file of the key that signs the log: by default beside the data directory."""
+        if self.signing_key_file is not None:
+            return self.signing_key_file
+        # Whatever link the data directory was reached by, it has one key.
+        root = self.root.resolve()
+        return root.with_name(f"{root.name}-signing.key")
 
 
 # Variable (without the prefix) → field of Settings, what it is for.
@@ -82,6 +93,12 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "Seconds within which an answer has to be taken, or 64 KiB more of it.",
     ),
     "KEEPALIVE_TIMEOUT": ("keepalive_timeout", "Seconds after which idle connections close."),
+    "SIGNING_KEY_FILE": (
+        "signing_key_file",
+        "The file of the key that signs the log, mode 0600; made when the log is first signed. "
+        f"Without it: the systemd credential {CREDENTIAL}, if there is one, or a file beside the "
+        "data directory, named like it, with -signing.key at its end.",
+    ),
 }
 
 
@@ -100,7 +117,7 @@ def from_environment(
     Raises:
         ConfigurationError: an unknown variable, one that can't be read, or two that contradict.
     """
-    values: dict[str, object] = {}
+    values: dict[str, object] = {"signing_key_file": _credential(environ)}
     for variable in sorted(environ):
         if not variable.startswith(PREFIX):
             continue
@@ -134,6 +151,13 @@ def _master_keys(environ: Mapping[str, str]) -> dict[str, object]:
             f"{PREFIX}OLD_KEYS needs the key that encrypts: {PREFIX}KEY or {PREFIX}KEY_FILE."
         )
     return {}
+
+
+def _credential(environ: Mapping[str, str]) -> Path | None:
+    """The signing key that systemd passes to its service, see systemd.exec(5)."""
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    path = None if not directory else Path(directory) / CREDENTIAL
+    return path if path is not None and path.exists() else None
 
 
 def _old_keys(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -194,7 +218,7 @@ def check_production(settings: Settings) -> None:
 
 
 def _convert(variable: str, name: str, text: str) -> object:
-    kind = type(getattr(Settings(), name))
+    kind = Path if name == "signing_key_file" else type(getattr(Settings(), name))
     try:
         if kind in (int, float):
             number = kind(text)

@@ -186,7 +186,7 @@ class AsyncSecretsService:
     async def _open(self) -> Service:
         async with self._opening:
             if self._service is None:
-                self._service = await app.open_service(self._settings)
+                self._service = await app.open_service(self._settings, signs=True)
             return self._service
 
     def _caller(self, actor: str | None) -> Caller:

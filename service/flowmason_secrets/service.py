@@ -14,7 +14,7 @@ from .core.errors import SecretsError
 from .core.events import Event, Line, Receipt
 from .core.intents import Intent
 from .core.keyring import KeyNotHeld, KeyUsage, NotAuthentic, Plaintext
-from .core.ports import AuditQuery, Index, ListQuery, Sources, Store
+from .core.ports import AuditQuery, Backend, ListQuery, Sources
 from .core.records import (
     DropSecret,
     Metadata,
@@ -27,6 +27,8 @@ from .gate import QUEUE_LIMIT, Gate
 from .keys import ApiKeys
 from .masterkeys import MasterKeys
 from .rotation import Rotation
+from .signer import LogSigner
+from .trail import Trail
 
 T = TypeVar("T")
 
@@ -39,23 +41,25 @@ class Service:
 
     def __init__(
         self,
-        store: Store,
-        index: Index,
+        backend: Backend,
         master: MasterKeys,
         sources: Sources,
         queue_limit: int = QUEUE_LIMIT,
     ) -> None:
+        store, index = backend.store, backend.index
         self._store = store
         self._index = index
         self._master = master
         self._clock, self._new_id = sources
         self.gate = Gate(store, queue_limit)
+        self.signer = LogSigner(backend.tree, store, self.gate, sources)
         self.authentication = Authentication(store, sources.clock)
         self.failures = Failures(self.gate, sources.new_id)
         self._path = Path(store, self.gate, self.authentication, master, sources.new_id)
         self.keys = ApiKeys(store, self._path, sources.clock)
         self.following = Following((store, index), self.gate, self._path, sources.clock)
         self.rotation = Rotation((store, index), self.gate, self._path, master, sources.new_id)
+        self.trail = Trail(backend, self._path)
         self._locks: WeakValueDictionary[Ref, asyncio.Lock] = WeakValueDictionary()
 
     async def get(self, caller: Caller, name: str) -> Revealed:
@@ -254,6 +258,8 @@ class Service:
             await self.failures.close()
         finally:
             await self.gate.drain()
+            await self.signer.close()
+            self.trail.close()
             await self._index.close()
             await self._store.close()
 

@@ -111,10 +111,11 @@ async def serve(
 
     Raises:
         LogUnavailable, LogDamaged: the data directory can't be used.
+        ConfigurationError: the key that signs the log can't be used.
         OSError: the address can't be listened on.
     """
     listen = address.listen
-    service = await open_service(settings)
+    service = await open_service(settings, signs=True)
     try:
         limits = _limits(settings)
         budget = Budget(limits.request_bytes)

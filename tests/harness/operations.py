@@ -13,7 +13,7 @@ from flowmason_secrets.core.drafts import Draft, KeyDraft
 from flowmason_secrets.core.events import Ids
 from flowmason_secrets.core.keyring import Keyring, Plaintext
 from flowmason_secrets.core.names import org_hash, secret_hash
-from flowmason_secrets.core.ports import Sources
+from flowmason_secrets.core.ports import Backend, Sources
 from flowmason_secrets.index.sqlite import SqliteIndex
 from flowmason_secrets.masterkeys import MasterKeys
 from flowmason_secrets.service import Service
@@ -25,7 +25,10 @@ from flowmason_secrets.storage.eventlog import SegmentLimits
 from flowmason_secrets.storage.files import FilesStore, FilesTail
 from flowmason_secrets.storage.keysources import KeyFile
 from flowmason_secrets.storage.published import Layout, Published
+from flowmason_secrets.storage.signedtree import FilesTree
+from flowmason_secrets.storage.signing import SigningKey
 
+from .signed import sign
 from .truth import (
     CALLER,
     MARK,
@@ -35,6 +38,7 @@ from .truth import (
     gone,
     key_file,
     set_to,
+    signing_key,
     under,
 )
 
@@ -63,7 +67,9 @@ def open_on(root: Path, durable: Durable, segment: int = WHOLE) -> Service:
         FilesTail(environment), layout.index, lambda: store.position, durable.unlink
     )
     master = MasterKeys(keyring, source, lambda: store.position)
-    return Service(store, index, master, sources)
+    key = SigningKey(signing_key(root), durable)
+    tree = FilesTree(layout, durable, key, sources.clock)
+    return Service(Backend(store, index, tree), master, sources)
 
 
 # --- what is done ---------------------------------------------------------------------------
@@ -169,6 +175,12 @@ async def retire(service: Service, truth: Truth) -> None:
     truth.answered()
 
 
+async def read_and_sign(service: Service, truth: Truth) -> None:
+    """Read a secret, and sign the log, which is held against what was signed before."""
+    await read(service, truth)
+    await sign(service)
+
+
 update = put("OLD", "a new value, longer than the one before " * 9)
 
 # --- where it begins ------------------------------------------------------------------------
@@ -223,6 +235,17 @@ async def loose(root: Path) -> Truth:
     """FlowMason 1.0 made its directories with the default mode."""
     truth = await settled(root)
     (root / org_hash("acme")).chmod(0o755)
+    return truth
+
+
+async def signed(root: Path) -> Truth:
+    """The log was signed before, and the last line of the history is torn."""
+    truth = await settled(root)
+    service = open_on(root, Durable())
+    await read_and_sign(service, truth)
+    await service.close()
+    with (root / "checkpoints.ndjson").open("ab") as file:
+        file.write(b'{"time":"20')
     return truth
 
 
@@ -281,6 +304,8 @@ OPERATIONS: dict[str, Operation] = {
     "rotation step": Operation(rotate, rotating),
     "rotation step, new segment": Operation(rotate, rotating, segment=1),
     "old master key retired": Operation(retire, rotated),
+    "signing step": Operation(read_and_sign, signed),
+    "signing step, new segment": Operation(read_and_sign, signed, segment=1),
     "opening what anybody may read": Operation(read, loose),
     "first start": Operation(put("OLD", "first"), empty),
 }

@@ -9,7 +9,8 @@ from flowmason_secrets.storage.durable import Durable
 from .faults import Watched
 from .load import Grown
 from .operations import Operation, open_on
-from .truth import Found, Truth, check_closed, check_hidden, look
+from .signed import sign
+from .truth import Found, Truth, check_closed, check_hidden, look, signing_key
 
 
 async def run(operation: Operation, root: Path, disk: Watched, truth: Truth) -> None:
@@ -28,6 +29,9 @@ async def check_reopened(root: Path, truth: Truth) -> Found:
     service = open_on(root, Durable())
     found = await look(service, root, truth.raw)
     truth.check(found)
+    if signing_key(root).exists():
+        # It is still the log that was signed, and signing goes on.
+        await sign(service)
     await service.close()
     grown.check()
     check_closed(root, found, truth.receipts)

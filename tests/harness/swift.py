@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flowmason_secrets import signer, trail
 from flowmason_secrets.core import keyring
 from flowmason_secrets.index import sqlite
 from flowmason_secrets.storage import files
@@ -36,5 +37,7 @@ def swiftly(patch: pytest.MonkeyPatch) -> None:
     """
     patch.setattr(files, "ThreadPoolExecutor", Inline)
     patch.setattr(sqlite, "ThreadPoolExecutor", Inline)
+    patch.setattr(signer, "ThreadPoolExecutor", Inline)
+    patch.setattr(trail, "ThreadPoolExecutor", Inline)
     patch.setattr(keyring, "_pbkdf2", _derive)
     patch.setattr(files, "SETTLE_AFTER", 0.0)

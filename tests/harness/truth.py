@@ -18,6 +18,7 @@ from flowmason_secrets.service import Service
 from flowmason_secrets.storage.keysources import read_key_file
 
 from .load import check_pairs, read_log
+from .signed import check_signed
 
 CALLER = app.local_caller("acme", "tester")
 OTHER_CALLER = app.local_caller("globex", "tester")
@@ -155,6 +156,11 @@ def key_file(root: Path) -> Path:
     return root.with_name("master.key")
 
 
+def signing_key(root: Path) -> Path:
+    """The key that signs the log of a data directory in a table."""
+    return root.with_name("signing.key")
+
+
 async def look(service: Service, root: Path, raw: dict[str, Plaintext]) -> Found:
     """Read everything, and try the API keys."""
     found = Found(keys=read_key_file(key_file(root)))
@@ -193,6 +199,8 @@ def check_closed(root: Path, found: Found, receipts: Iterable[tuple[Receipt, str
     check_pairs(root)
     check_hidden(root)
     _check_modes(root)
+    if signing_key(root).exists():
+        check_signed(root, signing_key(root))
     lines = read_log(root)
     for receipt, action in [*receipts, *found.receipts]:
         line = lines[receipt.seq]
@@ -233,7 +241,7 @@ def check_hidden(root: Path) -> None:
         for name in names:
             path = os.path.join(directory, name)
             # A file may be on its way to its mode, or to its place among the segments.
-            shared = directory.endswith("/events") or name.endswith(".tmp")
+            shared = _is_shared(path) or name.endswith(".tmp")
             assert not _mode(path) & ~(0o640 if shared else 0o600), path
             with open(path, "rb", buffering=0) as file:
                 data = file.read()
@@ -246,7 +254,13 @@ def _check_modes(root: Path) -> None:
         assert _mode(directory) == 0o700, directory
         for name in names:
             path = os.path.join(directory, name)
-            assert _mode(path) == (0o640 if directory.endswith("/events") else 0o600), path
+            assert _mode(path) == (0o640 if _is_shared(path) else 0o600), path
+
+
+def _is_shared(path: str) -> bool:
+    """Whether log shippers may read it."""
+    directory, name = os.path.split(path)
+    return directory.endswith("/events") or name in ("checkpoint", "checkpoints.ndjson")
 
 
 def _mode(path: str) -> int:

@@ -12,10 +12,12 @@ import orjson
 
 from ..core import names, times
 from ..core.drafts import Draft, KeyDraft
-from ..core.errors import IndexUnavailable, InvalidInput
+from ..core.errors import IndexUnavailable, InvalidInput, TileNotFound
 from ..core.events import Receipt
 from ..core.keyring import Plaintext
+from ..core.merkle import Unverified
 from ..core.ports import ListQuery
+from ..core.tiles import parse_path
 from ..service import Service
 from . import paging, requests, shapes
 from .answers import Answer, json_answer
@@ -25,6 +27,10 @@ from .requests import Call
 _INDEX_SECONDS = 1.0
 # "All of them" of a listing.
 _UNLIMITED = 1 << 62
+
+
+_TEXT = {"Content-Type": "text/plain; charset=utf-8"}
+_NEVER_KEPT = {"Cache-Control": "no-store"}
 
 
 def _receipt(receipt: Receipt) -> dict[str, str]:
@@ -142,6 +148,35 @@ async def whoami(service: Service, call: Call) -> Answer:
     expires_at = None if principal.expires_at is None else times.render(principal.expires_at)
     scopes, allow = sorted(principal.scopes), list(principal.allow)
     return json_answer(shapes.WhoAmI(principal.org_id, principal.actor, scopes, allow, expires_at))
+
+
+async def get_checkpoint(service: Service, call: Call) -> Answer:
+    """The newest signed checkpoint of the log: C2SP tlog-checkpoint."""
+    note = await service.trail.checkpoint(call.caller)
+    return Answer(200, _TEXT | _NEVER_KEPT, note)
+
+
+async def get_proof(service: Service, call: Call) -> Answer:
+    """The proof that an event is in the log: C2SP tlog-proof. Waits if the event is new."""
+    seq = call.params["seq"]
+    if not (seq.isascii() and seq.isdigit() and len(seq) < 19):
+        raise InvalidInput("seq", "must be a number, as in the header Audit-Seq")
+    return Answer(200, _TEXT | _NEVER_KEPT, await service.trail.proof(call.caller, int(seq)))
+
+
+async def get_tile(service: Service, call: Call) -> Answer:
+    """A tile of the hashes of the log: C2SP tlog-tiles."""
+    level, number = call.params["level"], call.params["number"]
+    try:
+        tile = parse_path(f"tile/{level}/{number}")
+    except Unverified:
+        raise TileNotFound from None
+    # A tile never changes.
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Cache-Control": "private, max-age=31536000, immutable",
+    }
+    return Answer(200, headers, await service.trail.tile(call.caller, tile))
 
 
 async def healthz(service: Service, call: Call) -> Answer:

@@ -25,6 +25,15 @@ def malformed(detail: str) -> RequestError:
     return RequestError(400, "malformed_request", "Malformed request", detail)
 
 
+# They pass by themselves, and say when it is worth to ask again.
+_PASSING = (
+    errors.LogUnavailable,
+    errors.Overloaded,
+    errors.IndexUnavailable,
+    errors.CheckpointPending,
+)
+
+
 def problem_response(error: SecretsError, request_id: str) -> Answer:
     """The answer to an error of ours."""
     headers = {"X-Request-Id": request_id, "Cache-Control": "no-store"}
@@ -40,7 +49,7 @@ def problem_response(error: SecretsError, request_id: str) -> Answer:
         problem = msgspec.structs.replace(problem, key_id=error.key_id, held=list(error.held))
     elif isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="flowmason-secrets"'
-    elif isinstance(error, errors.LogUnavailable | errors.Overloaded | errors.IndexUnavailable):
+    elif isinstance(error, _PASSING):
         headers["Retry-After"] = str(error.retry_after)
     return _response(problem, headers)
 

@@ -215,6 +215,33 @@ ROUTES: tuple[Route, ...] = (
         {200: shapes.WhoAmI},
         (400, 401, 422, 503),
     ),
+    Route(
+        "GET",
+        "/api/v1/log/checkpoint",
+        handlers.get_checkpoint,
+        SCOPES,
+        {200: str},
+        (400, 401, 422, 503),
+        media=("text/plain",),
+    ),
+    Route(
+        "GET",
+        "/api/v1/log/proof/{seq}",
+        handlers.get_proof,
+        (FULL, READ),
+        {200: str},
+        (400, 401, 403, 404, 422, 503),
+        media=("text/plain",),
+    ),
+    Route(
+        "GET",
+        "/api/v1/log/tile/{level}/{number}",
+        handlers.get_tile,
+        SCOPES,
+        {200: str},
+        (400, 401, 404, 422, 503),
+        media=("application/octet-stream",),
+    ),
     Route("GET", "/healthz", handlers.healthz, (), {200: shapes.Health}, (400, 422)),
     Route(
         "GET",
@@ -229,18 +256,22 @@ ROUTES: tuple[Route, ...] = (
 
 class RouteTable:
     """Finds the routes of a path: by its fixed part before a last parameter, or segment by
-    segment where a parameter is in the middle.
+    segment where a parameter is in the middle. Of two parameters, the second takes the rest of the
+    path with its slashes.
     """
 
     def __init__(self, routes: tuple[Route, ...]) -> None:
         self._fixed: dict[str, dict[str, Route]] = {}
         self._last: dict[str, tuple[str, dict[str, Route]]] = {}
         self._middle: dict[tuple[str, str], tuple[str, dict[str, Route]]] = {}
+        self._rest: dict[str, tuple[tuple[str, str], dict[str, Route]]] = {}
         for route in routes:
             head, opening, rest = route.template.partition("{")
             parameter, _, tail = rest.partition("}")
             if not opening:
                 self._fixed.setdefault(head, {})[route.method] = route
+            elif tail.startswith("/{"):
+                self._rest.setdefault(head, ((parameter, tail[2:-1]), {}))[1][route.method] = route
             elif not tail:
                 self._last.setdefault(head, (parameter, {}))[1][route.method] = route
             else:
@@ -263,4 +294,8 @@ class RouteTable:
         middle = self._middle.get((path[:before], path[cut - 1 :]))
         if middle is not None:
             return middle[1], {middle[0]: decode_segment(path[before : cut - 1])}
+        for head, (names, methods) in self._rest.items():
+            if path.startswith(head):
+                parts = path[len(head) :].partition("/")[::2]
+                return methods, dict(zip(names, map(decode_segment, parts), strict=True))
         return None

@@ -13,6 +13,7 @@ from ..core.errors import ConfigurationError, InvalidInput, SecretsError
 from . import output
 from .audit import audit
 from .keys import keys
+from .log import log
 from .rotate import rotate_key
 from .secret import delete_secret, get_secret, list_secrets, metadata, set_secret
 from .serve import serve
@@ -36,7 +37,7 @@ def cli(verbose: int) -> None:
 
 
 _SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-for command in (*_SECRETS, audit, keys, rotate_key, serve, status):
+for command in (*_SECRETS, audit, keys, log, rotate_key, serve, status):
     cli.add_command(command)
 
 

@@ -147,6 +147,41 @@ class ApiKeyNotFound(SecretsError, LookupError):
         self.key_id = key_id
 
 
+class EventNotFound(SecretsError, LookupError):
+    """The log has no event of this seq that the caller may see."""
+
+    code = "event_not_found"
+    title = "Event not found"
+
+    def __init__(self, seq: int) -> None:
+        super().__init__(f"There is no event {seq} of this organisation.")
+        self.seq = seq
+
+
+class TileNotFound(SecretsError, LookupError):
+    """The newest checkpoint covers no such tile."""
+
+    code = "tile_not_found"
+    title = "Tile not found"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The newest checkpoint covers no such tile. The path is <level>/<number>, as C2SP "
+            "tlog-tiles has it."
+        )
+
+
+class CheckpointPending(SecretsError):
+    """No checkpoint covers the event yet. `retry_after` is in seconds."""
+
+    code = "checkpoint_pending"
+    title = "Checkpoint pending"
+
+    def __init__(self, retry_after: int = 1) -> None:
+        super().__init__("No signed checkpoint covers this yet; ask again shortly.")
+        self.retry_after = retry_after
+
+
 class LogUnavailable(SecretsError):
     """The event log can't be written, so nothing is revealed and nothing is changed.
 

@@ -1,12 +1,14 @@
 """What the inside asks of the outside."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from .errors import SecretsError
 from .events import Entry, Line, Receipt
 from .intents import Intent
 from .records import ApiKey, Inventory, Metadata, SecretRecord
+from .tiles import Tile
 
 # Seconds since the epoch.
 Clock = Callable[[], float]
@@ -186,3 +188,76 @@ class Index(Protocol):
 
     async def close(self) -> None:
         """Stop following."""
+
+
+class Anchor(NamedTuple):
+    """The newest checkpoint within the log: the seq and the time of its event, and whether a
+    segment has begun since. Before there is one, the time is that of the log's first line.
+    """
+
+    seq: int
+    time: float
+    sealed: bool
+
+
+class Progress(NamedTuple):
+    """How far the log is signed, in events; the newest checkpoint; and the newest in the log."""
+
+    size: int
+    note: str
+    anchor: Anchor
+
+
+class Tree(Protocol):
+    """The Merkle tree of the log and its checkpoints. Blocking: `lead`, `begin`, `check`, `sign`
+    and `close` in one worker thread, the others in any.
+    """
+
+    def lead(self) -> bool:
+        """Whether this process is the one that signs; it becomes that if nobody is."""
+
+    def begin(self) -> None:
+        """Find out what was signed. The first process ever makes the key.
+
+        Raises:
+            ConfigurationError: the signing key can't be used, or is gone.
+            LogDamaged: what was signed was not signed with it.
+        """
+
+    def check(self, position: int) -> None:
+        """Hold the first `position` events against what was signed when `begin` was called, so the
+        position has to be newer than that. Signing goes on from there.
+
+        Raises:
+            LogDamaged: the log is shorter than what was signed, or another one.
+        """
+
+    def sign(self, position: int) -> Progress:
+        """Sign a checkpoint over the log up to `position`, or less of it if there is much; durable
+        when this returns. Only if this process leads.
+        """
+
+    def newest(self) -> bytes | None:
+        """The newest checkpoint; None before there is one."""
+
+    def tile(self, tile: Tile) -> bytes | None:
+        """The hashes of a tile that the newest checkpoint covers; None if it does not."""
+
+    def prove(self, seq: int) -> bytes | None:
+        """The proof file that event `seq` is in the log; None if no checkpoint covers it yet.
+
+        Raises:
+            LogDamaged: it is not.
+        """
+
+    def close(self) -> None:
+        """Let another process sign."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a service works on."""
+
+    store: Store
+    index: Index
+    tree: Tree

@@ -9,6 +9,8 @@ STATUS: dict[type[errors.SecretsError], int] = {
     errors.Denied: 403,
     errors.SecretNotFound: 404,
     errors.ApiKeyNotFound: 404,
+    errors.EventNotFound: 404,
+    errors.TileNotFound: 404,
     errors.SecretExpired: 410,
     errors.PreconditionFailed: 412,
     errors.DecryptionFailed: 500,
@@ -19,6 +21,7 @@ STATUS: dict[type[errors.SecretsError], int] = {
     errors.LogDamaged: 503,
     errors.IndexUnavailable: 503,
     errors.Overloaded: 503,
+    errors.CheckpointPending: 503,
 }
 
 _OUTCOMES: dict[int, Outcome] = {403: "denied", 404: "not_found", 410: "expired"}

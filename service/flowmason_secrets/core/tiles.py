@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .merkle import HASH_BYTES, Unverified, subtree_root
+from .merkle import HASH_BYTES, Frontier, Unverified, subtree_root
 
 HEIGHT = 8
 WIDTH = 1 << HEIGHT
@@ -160,3 +160,56 @@ class TileHashes:
         width = min(level_size(self.size, level) - index * WIDTH, WIDTH)
         data = self._read(Tile(level, index, width))
         return split_hashes(data[: width * HASH_BYTES], width)
+
+
+class Edge:
+    """The right edge of a growing tree: for each level of tiles, the hashes of the last tile, which
+    is not full. That is all it takes to go on, and to tell the root.
+
+    `read` returns the bytes of a tile, of a tree of this size.
+    """
+
+    def __init__(self, size: int = 0, read: Callable[[Tile], bytes] | None = None) -> None:
+        self._rows: list[list[bytes]] = []
+        while read is not None and level_size(size, len(self._rows)):
+            level = len(self._rows)
+            number, width = divmod(level_size(size, level), WIDTH)
+            row = read(Tile(level, number, width))[: width * HASH_BYTES] if width else b""
+            self._rows.append(split_hashes(row, width))
+        self._frontier = Frontier.of(size, self._subtree)
+
+    @property
+    def size(self) -> int:
+        """How many leaves the tree has."""
+        return self._frontier.size
+
+    def root(self) -> bytes:
+        """The root hash of the tree."""
+        return self._frontier.root()
+
+    def extend(self, leaves: Sequence[bytes]) -> list[tuple[Tile, bytes]]:
+        """Append leaf hashes; returns the tiles that are full now, the lowest level first."""
+        before = self.size
+        full: list[tuple[Tile, bytes]] = []
+        for level, hashes in enumerate(self._frontier.extend(leaves)[::HEIGHT]):
+            if level == len(self._rows):
+                self._rows.append([])
+            row = [*self._rows[level], *hashes]
+            number = level_size(before, level) // WIDTH
+            while len(row) >= WIDTH:
+                full.append((Tile(level, number), b"".join(row[:WIDTH])))
+                row, number = row[WIDTH:], number + 1
+            self._rows[level] = row
+        return full
+
+    def partial(self) -> Iterator[tuple[Tile, bytes]]:
+        """The last tile of each level that has one which is not full."""
+        for level, row in enumerate(self._rows):
+            if row:
+                number = level_size(self.size, level) // WIDTH
+                yield Tile(level, number, len(row)), b"".join(row)
+
+    def _subtree(self, height: int, index: int) -> bytes:
+        level, within = divmod(height, HEIGHT)
+        start = (index << within) % WIDTH
+        return subtree_root(self._rows[level][start : start + (1 << within)])

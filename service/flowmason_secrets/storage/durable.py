@@ -123,6 +123,17 @@ class Durable:
         finally:
             os.close(descriptor)
 
+    def place(self, path: str, data: bytes, mode: int) -> None:
+        """Like `put`, also where the directory is missing or the file has a second name."""
+        try:
+            self.put(path, data, mode)
+        except LinkedFile:
+            self.unlink(path)
+            self.put(path, data, mode)
+        except FileNotFoundError:
+            self.make_directory(os.path.dirname(path))
+            self.put(path, data, mode)
+
     def rename(self, source: Path, target: Path) -> None:
         """Give a file its name, in place of what had that name before."""
         os.replace(source, target)

@@ -157,7 +157,7 @@ class Engine:
 
     def _open(self, lock: int) -> EventLog:
         env = self._env
-        log = EventLog(env.layout.events, env.layout.staged, env.durable, env.sources, env.limits)
+        log = EventLog(env.layout, env.durable, env.sources, env.limits)
         try:
             log.open()
             if log.position < self.position:

@@ -8,13 +8,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ..core import times
 from ..core.errors import LogDamaged
 from ..core.events import Event, Line
 from ..core.ports import Chunk, Sources
 from . import wire
+from .checkpoints import Checkpoints
 from .durable import SHARED_FILE, Durable
+from .published import Layout
 
 HEADER_BYTES = 1024
 _CHUNK = 1 << 20
@@ -59,15 +62,15 @@ class EventLog:
 
     def __init__(
         self,
-        directory: Path,
-        scratch: Path,
+        layout: Layout,
         durable: Durable,
         sources: Sources,
         limits: SegmentLimits,
     ) -> None:
-        self._directory = directory
-        self._path = os.fspath(directory)
-        self._scratch = scratch
+        self._directory = layout.events
+        self._path = os.fspath(layout.events)
+        self._scratch = layout.staged
+        self._checkpoints = Checkpoints(layout, durable)
         self._durable = durable
         self._clock, self._new_id = sources
         self._limits = limits
@@ -234,7 +237,7 @@ class EventLog:
             org_id=None,
             resource_type="log",
             resource_id=segment_name(first),
-            details={"previous_checkpoint": None},
+            details={"previous_checkpoint": self._checkpoints.quotable()},
         )
         data = wire.encode_header(header, first, times.render(now), HEADER_BYTES)
         draft = self._scratch / f"{header.id}.tmp"
@@ -287,6 +290,7 @@ class ChunkReader:
         if segment != first or not first <= seq <= start:
             seq, offset = first, 0
         with (self._directory / segment_name(first)).open("rb") as file:
+            seq, offset = _near(file, start, (seq, offset))
             file.seek(offset)
             while seq < stop:
                 data = file.read(_CHUNK) + file.readline()
@@ -301,6 +305,28 @@ class ChunkReader:
                 seq += len(lines)
                 offset = place + len(wanted)
                 self._stopped = (seq, first, offset)
+
+
+def _near(file: BinaryIO, start: int, known: tuple[int, int]) -> tuple[int, int]:
+    """The seq and the offset of a line not far before line `start`, found by halving what lies
+    behind a known line.
+    """
+    (seq, offset), end = known, os.fstat(file.fileno()).st_size
+    while start > seq and end - offset > _CHUNK:
+        middle = (offset + end) // 2
+        file.seek(middle)
+        file.readline()
+        place = file.tell()
+        try:
+            found = wire.decode_line(file.readline())["seq"]
+        except wire.Malformed:
+            # A torn tail.
+            found = start + 1
+        if found > start:
+            end = middle
+        else:
+            seq, offset = found, place
+    return seq, offset
 
 
 def read_line(directory: Path, segment: int, offset: int) -> bytes:

@@ -21,7 +21,7 @@ from ..core.records import (
     Single,
 )
 from . import wire
-from .durable import PRIVATE_FILE, Durable, LinkedFile
+from .durable import PRIVATE_FILE, Durable
 
 T = TypeVar("T")
 
@@ -41,6 +41,10 @@ class Layout:
         self.keys = root / "keys"
         self.lock = root / "commit.lock"
         self.index = root / "index.sqlite3"
+        self.tree = root / "tree"
+        self.checkpoint = root / "checkpoint"
+        self.checkpoints = root / "checkpoints.ndjson"
+        self.signing_lock = root / "signing.lock"
 
     def organisations(self) -> list[str]:
         """The directories of organisations: 16 hex digits. # format §2.1"""
@@ -93,7 +97,7 @@ class Published:
                 self._durable.create(draft, data, PRIVATE_FILE, sync=False)
                 self._durable.rename(draft, Path(path))
             else:
-                self._place(path, data)
+                self._durable.place(path, data, PRIVATE_FILE)
         return self._touched(change)
 
     def _touched(self, change: Single) -> list[str]:
@@ -217,16 +221,6 @@ class Published:
 
     def _paths(self, org_id: str, name: str) -> tuple[str, str]:
         return self._layout.secret(org_hash(org_id), secret_hash(name))
-
-    def _place(self, path: str, data: bytes) -> None:
-        try:
-            self._durable.put(path, data, PRIVATE_FILE)
-        except LinkedFile:
-            self._durable.unlink(path)
-            self._durable.put(path, data, PRIVATE_FILE)
-        except FileNotFoundError:
-            self._durable.make_directory(os.path.dirname(path))
-            self._durable.put(path, data, PRIVATE_FILE)
 
 
 def _read(path: str) -> bytes | None:

@@ -1,0 +1,145 @@
+"""Following the log and signing it, in one of the processes that share a data directory."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import aiofiles.os
+
+from .core.errors import LogDamaged, SecretsError
+from .core.events import Event
+from .core.intents import Intent
+from .core.ports import Progress, Sources, Store, Tree
+from .gate import Gate
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+# Seconds between two checkpoints, and between two of them that are put into the log itself.
+INTERVAL = 1.0
+ANCHOR_EVERY = 3600.0
+
+# Seconds until the next attempt after an error.
+_AFTER_ERROR = 5.0
+
+
+class LogSigner:
+    """Signs a checkpoint a second while the log grows, if no other process does it.
+
+    It has a thread of its own: no commit waits for it. Belongs to one event loop.
+    """
+
+    def __init__(self, tree: Tree, store: Store, gate: Gate, sources: Sources) -> None:
+        self._tree = tree
+        self._store = store
+        self._gate = gate
+        self._sources = sources
+        self._thread = ThreadPoolExecutor(1, "flowmason-sign")
+        self._task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        # Whether this process has the lock, and has checked the log since.
+        self._leads = False
+
+    async def open(self) -> None:
+        """Hold the log against what was signed, whoever signs from now on.
+
+        Raises:
+            LogDamaged: it is shorter than, or different from, what was signed.
+            ConfigurationError: the signing key can't be used.
+        """
+        leads = await self._run(self._tree.lead)
+        await self._check()
+        self._leads = leads
+
+    def start(self) -> None:
+        """Sign in the background; `open` has returned."""
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def close(self) -> None:
+        """Sign what was not signed yet, and let another process go on."""
+        self._closing.set()
+        if self._task is not None:
+            await self._task
+        try:
+            if self._leads:
+                with contextlib.suppress(SecretsError, OSError):
+                    await self.sign()
+        finally:
+            await self._run(self._tree.close)
+            self._thread.shutdown(wait=False)
+
+    async def _check(self) -> None:
+        await self._run(self._tree.begin)
+        await self._run(self._tree.check, await self._position())
+
+    async def _follow(self) -> None:
+        pause = INTERVAL
+        while not await self._closed_within(pause):
+            pause = INTERVAL
+            try:
+                await self._step()
+            except Exception as error:
+                _report(error)
+                # Nothing that was in memory is trusted any more.
+                self._leads = False
+                await self._run(self._tree.close)
+                pause = _AFTER_ERROR
+
+    async def _closed_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), seconds)
+        return self._closing.is_set()
+
+    async def _step(self) -> None:
+        led = self._leads
+        self._leads = False
+        if not await self._run(self._tree.lead):
+            return
+        if not led:
+            await self._check()
+        self._leads = True
+        await self._anchor(await self.sign())
+
+    async def sign(self) -> Progress:
+        """Sign the log as it is now, or a part of what is new if that is much; `open` has returned,
+        and no other process signs.
+        """
+        return await self._run(self._tree.sign, await self._position())
+
+    async def _anchor(self, progress: Progress) -> None:
+        """Put the checkpoint into the log where shippers take it along, if it is time to."""
+        last = progress.anchor
+        overdue = self._sources.clock() - last.time >= ANCHOR_EVERY
+        if last.sealed or (overdue and progress.size > last.seq + 1):
+            event = Event(
+                self._sources.new_id(),
+                "log.checkpoint",
+                "success",
+                None,
+                "log",
+                None,
+                details={"checkpoint": progress.note},
+            )
+            await self._gate.submit(Intent(event, ()))
+
+    async def _position(self) -> int:
+        """How many events the log has now, those of other processes included."""
+        await self._gate.is_current(Intent(None, ()))
+        return self._store.position
+
+    async def _run(self, work: Callable[..., T], *arguments: object) -> T:
+        result: T = await aiofiles.os.wrap(work)(*arguments, executor=self._thread)
+        return result
+
+
+def _report(error: Exception) -> None:
+    if isinstance(error, LogDamaged):
+        _log.critical("the log is not signed any more: %s", error)
+    elif isinstance(error, SecretsError | OSError):
+        _log.warning("the log can't be signed now: %s", error)
+    else:
+        _log.error("the log can't be signed now", exc_info=error)
