@@ -28,6 +28,7 @@ from flowmason_secrets.storage.eventlog import (
     segment_name,
     segments,
 )
+from flowmason_secrets.storage.published import Layout
 
 from .harness.load import Known, Seen, read_on, until_gone, write_on
 from .harness.server import ServerProcess, issue_key, session
@@ -60,7 +61,6 @@ class Log:
 
     def __init__(self, data_dir: Path) -> None:
         self.events = data_dir / "events"
-        self._scratch = data_dir / "staged"
         self.removed: dict[int, list[bytes]] = {}
         self._inodes: dict[int, int] = {}
 
@@ -101,8 +101,7 @@ class Log:
         """Append lines of 8,000 bytes, as another process would."""
         new_id = Ids(time.time, os.urandom)
         log = EventLog(
-            self.events,
-            self._scratch,
+            Layout(self.events.parent),
             Durable(),
             Sources(time.time, new_id),
             SegmentLimits(SEGMENT_BYTES),

@@ -54,7 +54,13 @@ class TileFiles:
 
     def put(self, tile: Tile, data: bytes) -> None:
         """Write a tile, full or not, in place. Not synced: it can be computed again."""
-        self._durable.place(self._file(tile), data, PRIVATE_FILE)
+        path = self._file(tile)
+        directory = os.path.dirname(path)
+        if not os.path.isdir(directory):
+            # One by one, so that each has its mode.
+            for part in reversed([Path(directory), *Path(directory).parents]):
+                self._durable.make_directory(part)
+        self._durable.place(path, data, PRIVATE_FILE)
 
     def leaves(self, start: int, stop: int) -> list[bytes]:
         """The leaf hashes of some lines.
