@@ -11,6 +11,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
+from aiohttp.web_request import BaseRequest
 
 from flowmason_secrets import app
 from flowmason_secrets import following as readers
@@ -249,17 +252,16 @@ async def test_nothing_is_lost_or_repeated_when_servers_are_killed(data_dir: Pat
 async def test_a_server_that_has_to_stop_ends_streams_at_once(data_dir: Path) -> None:
     key = await issue_key(data_dir)
     service = await app.open_service(settings_for(data_dir))
-    await fill(service, 20_000)
+    await fill(service, 40_000)
     await service.close()
     server = ServerProcess(data_dir)
     await server.start()
     async with session(server.url, key) as client, contextlib.AsyncExitStack() as stack:
-        unread = await stack.enter_async_context(never_reading(server.url, key))
+        await stack.enter_async_context(never_reading(server.url, key))
         streams = [await stack.enter_async_context(following(client)) for _ in range(3)]
         last = streams[0].last_id
         poll = asyncio.create_task(poll_after(client, last, wait=60))
-        # A refused place would answer at once.
-        await asyncio.sleep(0.3)
+        await settled(server)
         assert not poll.done()
         began = time.monotonic()
         assert await server.stop() == 0
@@ -267,7 +269,6 @@ async def test_a_server_that_has_to_stop_ends_streams_at_once(data_dir: Path) ->
         # A clean end, not a broken connection: there is nothing wrong.
         assert await asyncio.gather(*(stream.rest() for stream in streams)) == [[], [], []]
         assert await poll == []
-        assert unread.fileno() >= 0
 
 
 async def test_a_stream_ends_when_the_log_is_broken(client: Client, data_dir: Path) -> None:
@@ -351,6 +352,37 @@ async def test_a_reader_who_takes_nothing_is_cut_off_and_can_go_on(
                 received += piece
     # It was cut off in the middle.
     assert not received.endswith(b"0\r\n\r\n")
+
+
+async def test_the_end_does_not_wait_for_who_does_not_read() -> None:
+    took: list[float] = []
+
+    async def answer(raw: BaseRequest) -> web.StreamResponse:
+        assert raw.transport is not None
+        raw.transport.set_write_buffer_limits(0)
+        raw.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sending = flow.Flow(raw, "text/plain")
+        # Too little to wait for its reader before the end.
+        await sending.pour(pieces())
+        began = time.monotonic()
+        try:
+            return await sending.end(0.2)
+        except ConnectionResetError:
+            took.append(time.monotonic() - began)
+            raise
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"x" * 50_000
+
+    async with RawTestServer(answer) as server:
+        async with never_reading(str(server.make_url("/")), "") as unread:
+            await until(lambda: bool(took))
+            received = b""
+            with contextlib.suppress(ConnectionResetError):
+                while piece := await asyncio.get_running_loop().sock_recv(unread, 1 << 16):
+                    received += piece
+        assert 0.1 < took[0] < PROMPTLY
+        assert 0 < received.count(b"x") < 50_000
 
 
 # --- places -----------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ class Flow:
 
     def __init__(self, raw: BaseRequest, content_type: str) -> None:
         self._raw = raw
+        # Whether a piece was begun that is not the transport's yet.
+        self._sending = False
         self._response = web.StreamResponse(
             headers={
                 "Content-Type": content_type,
@@ -35,11 +37,20 @@ class Flow:
         async for piece in pieces:
             check_there(self._raw)
             if piece:
-                await self._patiently(self._send(piece))
+                await self._patiently(self._send(piece), PATIENCE)
 
-    async def end(self) -> web.StreamResponse:
-        """Tell the reader that this is all; he can tell it from an answer that was cut off."""
-        await self._patiently(self._finish())
+    async def end(self, patience: float = PATIENCE) -> web.StreamResponse:
+        """Tell the reader that this is all; he can tell it from an answer that was cut off, as it
+        is if he does not take in what is before it within so many seconds.
+
+        Raises:
+            ConnectionResetError: he went away, or was cut off.
+        """
+        if self._sending:
+            # Nothing can follow: aiohttp can't be asked again to wait for this reader.
+            self.cut()
+            raise ConnectionResetError("the client does not read")
+        await self._patiently(self._finish(), patience)
         return self._response
 
     def cut(self) -> None:
@@ -50,16 +61,18 @@ class Flow:
     async def _send(self, piece: bytes) -> None:
         if not self._response.prepared:
             await self._response.prepare(self._raw)
+        self._sending = True
         await self._response.write(piece)
+        self._sending = False
 
     async def _finish(self) -> None:
         if not self._response.prepared:
             await self._response.prepare(self._raw)
         await self._response.write_eof()
 
-    async def _patiently(self, step: Coroutine[object, object, None]) -> None:
+    async def _patiently(self, step: Coroutine[object, object, None], patience: float) -> None:
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(patience):
                 await step
         except TimeoutError:
             self.cut()

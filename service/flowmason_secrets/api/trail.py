@@ -25,6 +25,10 @@ LONGEST_WAIT = 60
 # Seconds after which a stream without events shows that it is alive.
 HEARTBEAT = 15.0
 
+# Seconds that the reader of a stream has, at its end, for what he has not taken yet: a server that
+# stops does not wait for him.
+_FAREWELL = 1.0
+
 # How many events a stream holds at once for a reader: below a mebibyte.
 _HELD = 100
 
@@ -69,7 +73,7 @@ async def stream_audit_log(service: Service, call: Call) -> web.StreamResponse:
         begun = await following.begin(call.caller, wanted)
         pages = following.follow(call.caller, begun)
         await flow.pour(_messages(pages, begun.after or 0))
-    return await flow.end()
+    return await flow.end(_FAREWELL)
 
 
 async def export_audit_log(service: Service, call: Call) -> web.StreamResponse:
