@@ -294,6 +294,11 @@ async def test_what_is_in_flight_is_finished(data_dir: Path, number: signal.Sign
         server.output.append(await server.process.stdout.read() if server.process.stdout else b"")
         code = await server.process.wait()
         assert code == (-number if number is signal.SIGKILL else 0)
+        if number is signal.SIGKILL:
+            # Without a supervisor nobody has waited until they had ended.
+            async with asyncio.timeout(SOON):
+                while alive(*there):
+                    await asyncio.sleep(0.01)
         assert alive(*there) == []
         gone = b"".join(server.output).count(b"the supervisor is gone")
         assert gone == (2 if number is signal.SIGKILL else 0)

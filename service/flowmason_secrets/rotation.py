@@ -100,8 +100,11 @@ class Rotation:
         """Make every process with the same key file look at it before it encrypts anything more.
 
         Raises:
+            ConfigurationError: the keys can't be read.
             LogUnavailable: not everybody may know.
         """
+        # Another process may have changed them since.
+        await self._master.reload()
         await self._tell(caller, {"kind": _BEGIN, "to": self.active})
 
     async def reencrypt(self, caller: Caller, names: Sequence[str]) -> AsyncIterator[Progress]:
