@@ -9,7 +9,7 @@ from ..core.ports import AuditQuery, Tail
 from .database import Damaged
 from .events import fetch, state
 from .postings import EVERY, decode, key
-from .terms import ACTION, ACTOR, NAME, ORG, SUCCESS, TYPE, Terms, matcher
+from .terms import ACTION, ACTOR, NAME, ORG, OUTCOME, TYPE, Terms, matcher
 
 # How many rows are looked at together where postings don't settle it: a page is often full
 # before a whole block was read.
@@ -22,13 +22,15 @@ _FIRST, _LAST = -(2**62), 2**62
 class Plan(NamedTuple):
     """A query in terms of the database. `terms` are all required, and one of `names` if given.
 
-    Times are in microseconds: `since` <= time < `until`. Only events before `high` count.
+    Times are in microseconds: `since` <= time < `until`. Only events before `high` count, and none
+    of the outcome `but`.
     """
 
     org: int | None
     type: int | None
     action: int | None
-    success: int | None
+    outcome: int | None
+    but: int | None
     name: int | None
     actor: int | None
     names: set[int] | None
@@ -39,7 +41,7 @@ class Plan(NamedTuple):
     @property
     def terms(self) -> list[int]:
         """The rarest kind first: blocks without it need no further look."""
-        order = (self.name, self.actor, self.action, self.success, self.type, self.org)
+        order = (self.name, self.actor, self.action, self.outcome, self.type, self.org)
         return [term for term in order if term is not None] or [EVERY]
 
 
@@ -98,20 +100,25 @@ def _plan(terms: Terms, query: AuditQuery, position: int) -> Plan | None:
         kind = "secret"
         if query.name is not None and not matcher(query.allow)(query.name):
             return None
-    success = None if query.success is None else str(query.success)
     found: list[int | None] = []
-    wanted = ((ORG, query.org_id), (TYPE, kind), (ACTION, query.action), (SUCCESS, success))
-    for field, value in (*wanted, (ACTOR, query.actor)):
+    wanted = ((ORG, query.org_id), (TYPE, kind), (ACTION, query.action), (ACTOR, query.actor))
+    for field, value in wanted:
         term = None if value is None else terms.find(field, 0, value)
         if term is None and value is not None:
             return None
         found.append(term)
-    org, type_, action, success_, actor = found
+    org, type_, action, actor = found
+    outcome, but = None, None
+    if query.success is not None:
+        term = terms.find(OUTCOME, 0, "success") or 0
+        outcome, but = (term, None) if query.success else (None, term)
+    if outcome == 0:
+        return None
     name, names = _names(terms, query, org)
     if names is not None and not names:
         return None
     return Plan(
-        *(org, type_, action, success_, name, actor, names),
+        *(org, type_, action, outcome, but, name, actor, names),
         since=_FIRST if query.since is None else _micros(query.since),
         until=_LAST if query.until is None else _micros(query.until),
         high=position if query.before is None else min(position, query.before),
@@ -165,7 +172,7 @@ class _Source:
             "select seq, name from event where seq >= :from and seq < :to"
             " and (:org is null or org = :org) and (:type is null or type = :type)"
             " and (:action is null or action = :action)"
-            " and (:success is null or success = :success)"
+            " and (:outcome is null or outcome = :outcome) and (:but is null or outcome <> :but)"
             " and (:name is null or name = :name) and (:actor is null or actor = :actor)"
             " and time >= :since and time < :until order by seq desc",
             self._parameters | {"from": low, "to": min(high, self.plan.high)},
@@ -215,8 +222,9 @@ class _Source:
             found = self._posting(number, term)
             bits = found if bits == -1 else bits & found
             if not bits:
-                break
-        return bits
+                return 0
+        # 0 would be the posting of every event.
+        return bits & ~self._posting(number, self.plan.but) if self.plan.but else bits
 
     def _union(self, number: int, terms: set[int]) -> int:
         bits = 0

@@ -1,16 +1,41 @@
 """Terms: the strings that audit queries ask for, as small integers. Only what is known is kept."""
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
 
 from ..core.access import Principal
 from .database import Damaged
 
-ORG, TYPE, ACTION, SUCCESS, ACTOR, NAME = range(6)
+# In the order of the columns.
+FIELDS = ORG, TYPE, ACTION, OUTCOME, NAME, ACTOR = range(6)
+
+# Stands for "no value"; the ids of terms begin at 1.
+NONE = 0
 
 # Bounded: names come from callers.
 _MAX_CACHED = 200_000
 _MAX_ALLOWED = 16
+
+
+class Indexed(msgspec.Struct, gc=False):
+    """The fields of an event that are indexed."""
+
+    id: str
+    seq: int
+    time: Annotated[datetime, msgspec.Meta(tz=True)]
+    action: str
+    outcome: str
+    org_id: str | None
+    resource_type: str
+    name: str | None
+    actor: str | None
+
+
+_Value = str | None | tuple[str | None, str | None]
 
 
 def matcher(allow: tuple[str, ...]) -> Callable[[str], bool]:
@@ -19,41 +44,54 @@ def matcher(allow: tuple[str, ...]) -> Callable[[str], bool]:
 
 
 class Terms:
-    """The dictionary of one open database. Ids begin at 1; 0 stands for "no value"."""
+    """The dictionary of one open database."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._known: dict[tuple[int, int], dict[str | None, int]] = {}
-        self._count = 0
+        # For each field what is known of its values; names come with their organisations.
+        self._known: list[dict[_Value, int]] = []
+        self.forget()
         # For an organisation and its patterns: the names that match among the terms up to an id.
         self._allowed: dict[tuple[int | None, tuple[str, ...]], tuple[int, set[int]]] = {}
 
     def forget(self) -> None:
         """Ids that were given in a transaction that did not commit are void."""
-        self._known.clear()
-        self._count = 0
+        self._known = [{None: NONE} for _ in FIELDS]
 
     def trim(self) -> None:
-        """Bound the memory. Not between `known` and the last use of its answer."""
-        if self._count > _MAX_CACHED:
+        """Bound the memory."""
+        if sum(map(len, self._known)) > _MAX_CACHED:
             self.forget()
 
-    def known(self, field: int, scope: int) -> dict[str | None, int]:
-        """Ids at hand: where a value is missing, `code` has it and adds it."""
-        found = self._known.get((field, scope))
-        if found is None:
-            found = self._known[field, scope] = {None: 0}
-        return found
+    def columns(self, events: Sequence[Indexed]) -> list[list[int]]:
+        """The terms of events, new ones if need be: a list for each of the fields."""
+        return [
+            self._column(ORG, [event.org_id for event in events]),
+            self._column(TYPE, [event.resource_type for event in events]),
+            self._column(ACTION, [event.action for event in events]),
+            self._column(OUTCOME, [event.outcome for event in events]),
+            self._column(NAME, [(event.org_id, event.name) for event in events]),
+            self._column(ACTOR, [event.actor for event in events]),
+        ]
 
-    def code(self, field: int, scope: int, value: str | None) -> int:
-        """The id of a term, new if need be. `scope` is the organisation's id for names, else 0."""
-        known = self.known(field, scope)
-        term = known.get(value)
-        if term is None and value is not None:
-            term = self.find(field, scope, value) or self._add(field, scope, value)
-            known[value] = term
-            self._count += 1
-        return term or 0
+    def _column(self, field: int, values: Sequence[_Value]) -> list[int]:
+        known = self._known[field]
+        try:
+            return list(map(known.__getitem__, values))
+        except KeyError:
+            for value in values:
+                if value not in known:
+                    known[value] = self._code(field, value)
+        return list(map(known.__getitem__, values))
+
+    def _code(self, field: int, value: _Value) -> int:
+        scope = 0
+        if isinstance(value, tuple):
+            org, value = value
+            scope = self._known[ORG][org]
+        if value is None:
+            return NONE
+        return self.find(field, scope, value) or self._add(field, scope, value)
 
     def _add(self, field: int, scope: int, value: str) -> int:
         cursor = self._connection.execute(
@@ -106,10 +144,10 @@ class Terms:
     def _since(self, org: int | None, last: int) -> sqlite3.Cursor:
         if org is None:
             return self._connection.execute(
-                "select id, value from term where field = 5 and id > ?", (last,)
+                "select id, value from term where field = 4 and id > ?", (last,)
             )
         return self._connection.execute(
-            "select id, value from term where field = 5 and scope = ? and id > ?", (org, last)
+            "select id, value from term where field = 4 and scope = ? and id > ?", (org, last)
         )
 
 
