@@ -16,12 +16,12 @@ NAMES = 200
 ACTORS = 4
 DAYS = 30
 _SEGMENT = 64 << 20
-_END = datetime(2026, 7, 1, tzinfo=UTC)
+END = datetime(2026, 7, 1, tzinfo=UTC)
 _HOUR = timedelta(hours=1)
 _MARK = "\x7f"
 
 # Action, outcome, resource type, HTTP status, and how many in a thousand events.
-_KINDS = (
+KINDS = (
     ("secret.read", "success", "secret", 200, 880),
     ("secret.read", "not_found", "secret", 404, 30),
     ("secret.read", "denied", "secret", 403, 10),
@@ -62,7 +62,7 @@ def _tails(chance: random.Random) -> _Tails:
     tails = _Tails([], [])
     for organisation in range(ORGANISATIONS):
         for number in range(NAMES):
-            for kind in _KINDS:
+            for kind in KINDS:
                 tails.texts.append(_tail(chance, organisation, number, kind))
                 tails.weights.append(kind[4] / (organisation + 3) / (number + 10))
     return tails
@@ -100,7 +100,7 @@ def _hours(events: int) -> Iterator[tuple[str, int, list[int]]]:
     the places of its events in it, in microseconds.
     """
     step = DAYS * 86_400_000_000 // events or 1
-    start, place = _END - timedelta(days=DAYS), 0
+    start, place = END - timedelta(days=DAYS), 0
     for _ in range(events):
         if place >= DAYS * 86_400_000_000:
             return

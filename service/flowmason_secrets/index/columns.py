@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
+from operator import add
 
 import msgspec
 import orjson
@@ -59,7 +60,8 @@ class Columns:
         self.last = events[-1].id
         self.times += [(event.time - _EPOCH) // _MICROSECOND for event in events]
         self.segments += [chunk.segment] * len(lines)
-        self.offsets += accumulate((len(line) + 1 for line in lines[:-1]), initial=chunk.offset)
+        lengths = accumulate(map(len, lines[:-1]), initial=chunk.offset)
+        self.offsets += map(add, lengths, range(len(lines)))
         for column, more in zip(self.terms, terms.columns(events), strict=True):
             column += more
         for place in range(max(0, self._filled - chunk.first), len(lines)):
@@ -75,9 +77,11 @@ def _decode(chunk: Chunk, lines: list[bytes]) -> list[Indexed]:
     # Empty lines are passed over, and no events.
     if len(events) != len(lines):
         raise _damaged(chunk.first, lines)
-    for seq, event in enumerate(events, chunk.first):
-        if event.seq != seq:
-            raise LogDamaged(f"Line {seq} of the log says that it is event {event.seq}.")
+    seqs = [event.seq for event in events]
+    expected = range(chunk.first, chunk.first + len(lines))
+    if seqs != list(expected):
+        seq, said = next(pair for pair in zip(expected, seqs, strict=True) if pair[0] != pair[1])
+        raise LogDamaged(f"Line {seq} of the log says that it is event {said}.")
     return events
 
 

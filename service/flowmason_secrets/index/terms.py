@@ -35,9 +35,6 @@ class Indexed(msgspec.Struct, gc=False):
     actor: str | None
 
 
-_Value = str | None | tuple[str | None, str | None]
-
-
 def matcher(allow: tuple[str, ...]) -> Callable[[str], bool]:
     """Whether a name is allowed, by the same rule as everywhere else."""
     return Principal("", "", "", frozenset(), allow=allow).may_name
@@ -48,52 +45,50 @@ class Terms:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        # For each field what is known of its values; names come with their organisations.
-        self._known: list[dict[_Value, int]] = []
-        self.forget()
+        self._fields: dict[int, _Known] = {}
+        self._names: dict[str | None, _Known] = {}
         # For an organisation and its patterns: the names that match among the terms up to an id.
         self._allowed: dict[tuple[int | None, tuple[str, ...]], tuple[int, set[int]]] = {}
 
     def forget(self) -> None:
         """Ids that were given in a transaction that did not commit are void."""
-        self._known = [{None: NONE} for _ in FIELDS]
+        self._fields.clear()
+        self._names.clear()
 
     def trim(self) -> None:
         """Bound the memory."""
-        if sum(map(len, self._known)) > _MAX_CACHED:
+        if sum(map(len, (*self._fields.values(), *self._names.values()))) > _MAX_CACHED:
             self.forget()
 
     def columns(self, events: Sequence[Indexed]) -> list[list[int]]:
         """The terms of events, new ones if need be: a list for each of the fields."""
+        orgs = [event.org_id for event in events]
+        names = {org: self._names_of(org) for org in set(orgs)}
         return [
-            self._column(ORG, [event.org_id for event in events]),
-            self._column(TYPE, [event.resource_type for event in events]),
-            self._column(ACTION, [event.action for event in events]),
-            self._column(OUTCOME, [event.outcome for event in events]),
-            self._column(NAME, [(event.org_id, event.name) for event in events]),
-            self._column(ACTOR, [event.actor for event in events]),
+            list(map(self._known(ORG).__getitem__, orgs)),
+            list(map(self._known(TYPE).__getitem__, [event.resource_type for event in events])),
+            list(map(self._known(ACTION).__getitem__, [event.action for event in events])),
+            list(map(self._known(OUTCOME).__getitem__, [event.outcome for event in events])),
+            [names[event.org_id][event.name] for event in events],
+            list(map(self._known(ACTOR).__getitem__, [event.actor for event in events])),
         ]
 
-    def _column(self, field: int, values: Sequence[_Value]) -> list[int]:
-        known = self._known[field]
-        try:
-            return list(map(known.__getitem__, values))
-        except KeyError:
-            for value in values:
-                if value not in known:
-                    known[value] = self._code(field, value)
-        return list(map(known.__getitem__, values))
+    def _known(self, field: int) -> "_Known":
+        return self._fields.setdefault(field, _Known(self, field, 0))
 
-    def _code(self, field: int, value: _Value) -> int:
-        scope = 0
-        if isinstance(value, tuple):
-            org, value = value
-            scope = self._known[ORG][org]
-        if value is None:
-            return NONE
-        return self.find(field, scope, value) or self._add(field, scope, value)
+    def _names_of(self, org: str | None) -> "_Known":
+        found = self._names.get(org)
+        if found is None:
+            found = self._names[org] = _Known(self, NAME, self._known(ORG)[org])
+        return found
 
-    def _add(self, field: int, scope: int, value: str) -> int:
+    def add(self, field: int, scope: int, value: str) -> int:
+        """The id of a term, a new one if no event had it. `scope` is the organisation's id for
+        names, else 0.
+        """
+        known = self.find(field, scope, value)
+        if known is not None:
+            return known
         cursor = self._connection.execute(
             "insert into term (field, scope, value) values (?, ?, ?)",
             (field, scope, value.encode()),
@@ -149,6 +144,18 @@ class Terms:
         return self._connection.execute(
             "select id, value from term where field = 4 and scope = ? and id > ?", (org, last)
         )
+
+
+class _Known(dict[str | None, int]):
+    """The ids of a field's values, those that are at hand; any other is added when asked for."""
+
+    def __init__(self, terms: Terms, field: int, scope: int) -> None:
+        super().__init__({None: NONE})
+        self._terms, self._field, self._scope = terms, field, scope
+
+    def __missing__(self, value: str) -> int:
+        term = self[value] = self._terms.add(self._field, self._scope, value)
+        return term
 
 
 def _storable(value: str) -> bytes:
