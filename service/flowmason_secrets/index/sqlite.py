@@ -70,7 +70,7 @@ class SqliteIndex:
         path: Path | str,
         position: Callable[[], int],
         remove: Callable[[Path], None],
-        block: int = 16384,
+        block: int = 32768,
     ) -> None:
         self._tail = tail
         self._position = position

@@ -1,0 +1,144 @@
+"""Where the events of a query are: rows for the newest ones, postings for all others."""
+
+import sqlite3
+from collections.abc import Collection, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from .plan import Plan
+from .postings import decode
+
+# How many rows are looked at together where postings don't settle it: a page is often full
+# before a whole block was read. Of fewer candidates, each has its row looked up.
+_PIECE = 1024
+_FEW = 32
+
+# How many blocks have their postings read together: the first page of most queries is in the newest
+# one, and many blocks at once cost less than one after the other.
+_RUN = 64
+
+
+class Candidates(NamedTuple):
+    """Events of one block as bits, the lowest for event `base`. If they are settled, all match;
+    otherwise only their time or their name may be another one.
+    """
+
+    base: int
+    bits: int
+    settled: bool
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """From the first seq up to and without the second."""
+        lowest = (self.bits & -self.bits).bit_length() - 1
+        return self.base + lowest, self.base + self.bits.bit_length()
+
+
+class Source:
+    """The events of a plan. `block` is how many have their postings together."""
+
+    def __init__(self, connection: sqlite3.Connection, plan: Plan, block: int) -> None:
+        self._plan = plan
+        self._connection = connection
+        self._block = block
+        self._parameters = plan._asdict() | {"names": None}
+
+    def rows(self, low: int, high: int) -> Iterator[int]:
+        """The matching events with `low` <= seq < `high`, one by one, the newest first."""
+        found = self._connection.execute(
+            "select seq, name from event where seq >= :from and seq < :to"
+            " and (:org is null or org = :org) and (:type is null or type = :type)"
+            " and (:action is null or action = :action)"
+            " and (:outcome is null or outcome = :outcome) and (:but is null or outcome <> :but)"
+            " and (:name is null or name = :name) and (:actor is null or actor = :actor)"
+            " and time >= :since and time < :until order by seq desc",
+            self._parameters | {"from": low, "to": min(high, self._plan.high)},
+        )
+        names = self._plan.names
+        for seq, name in found:
+            if names is None or name in names:
+                yield seq
+
+    def blocks(self, high: int) -> Iterator[Candidates]:
+        """All blocks with candidates below `high`, the newest first."""
+        plan, length = self._plan, 1
+        found = self._connection.execute(
+            "select number, first, last from block where number <= ?"
+            " and last >= ? and first < ? order by number desc",
+            ((high - 1) // self._block, plan.since, plan.until),
+        )
+        while run := list(islice(found, length)):
+            candidates = self._candidates([number for number, _, _ in run])
+            named = self._named(candidates)
+            for number, first, last in run:
+                base, bits = number * self._block, candidates.get(number, 0)
+                settled = plan.since <= first and last < plan.until
+                if number in named:
+                    bits &= named[number]
+                elif plan.names is not None:
+                    settled = False
+                if base + self._block > high:
+                    bits &= (1 << (high - base)) - 1
+                if bits:
+                    yield Candidates(base, bits, settled)
+            length = min(2 * length, _RUN)
+
+    def matching(self, candidates: Candidates) -> Iterator[int]:
+        """The matching events among candidates that are not settled, the newest first."""
+        base, bits, _ = candidates
+        for low in reversed(range(0, self._block, _PIECE)):
+            piece = candidates._replace(base=base + low, bits=bits >> low & ((1 << _PIECE) - 1))
+            if piece.bits.bit_count() > _FEW:
+                yield from self.rows(*piece.bounds)
+            else:
+                yield from self._one_by_one(piece)
+
+    def _one_by_one(self, piece: Candidates) -> Iterator[int]:
+        plan, (base, bits, _) = self._plan, piece
+        while bits:
+            seq = base + bits.bit_length() - 1
+            bits ^= 1 << (seq - base)
+            row = self._connection.execute(
+                "select name from event where seq = ? and time >= ? and time < ?",
+                (seq, plan.since, plan.until),
+            ).fetchone()
+            if row is not None and (plan.names is None or row[0] in plan.names):
+                yield seq
+
+    def _candidates(self, numbers: Collection[int]) -> dict[int, int]:
+        """The events that have all terms, by their blocks."""
+        found = dict.fromkeys(numbers, -1)
+        for term in self._plan.terms:
+            having = self._postings(term, found)
+            both = ((number, found[number] & bits) for number, bits in having.items())
+            found = {number: bits for number, bits in both if bits}
+            if not found:
+                return found
+        if self._plan.but is not None:
+            for number, bits in self._postings(self._plan.but, found).items():
+                found[number] &= ~bits
+        return found
+
+    def _named(self, candidates: dict[int, int]) -> dict[int, int]:
+        """The events with one of the names, where that is less to read than the candidates."""
+        names = self._plan.names or set()
+        many = {n: 0 for n, bits in candidates.items() if 0 < len(names) <= bits.bit_count()}
+        for name in names:
+            for number, bits in self._postings(name, many).items():
+                many[number] |= bits
+        return many
+
+    def _postings(self, term: int, numbers: Collection[int]) -> dict[int, int]:
+        """What blocks have of a term."""
+        if not numbers:
+            return {}
+        rows = self._connection.execute(
+            "select id, bits from block cross join posting on id = number << 32 | ?"
+            " where number between ? and ?",
+            (term, min(numbers), max(numbers)),
+        )
+        return {
+            where >> 32: decode(bits, where, self._block)
+            for where, bits in rows
+            if where >> 32 in numbers
+        }
