@@ -6,7 +6,7 @@ import binascii
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -17,13 +17,18 @@ from ..core.drafts import Draft, KeyDraft
 from ..core.errors import IndexUnavailable, InvalidInput
 from ..core.events import Receipt
 from ..core.keyring import Plaintext
-from ..core.ports import AuditQuery, ListQuery
+from ..core.ports import AuditQuery, Group, Grouping, ListQuery
 from ..service import Service
 from . import requests, shapes
 from .answers import Answer, json_answer
 from .requests import Call
 
 PAGE = 1000
+# Of a summary: the lengths of its buckets in seconds, the default first, and how many counts it
+# may have.
+BUCKETS = {"day": 86400, "hour": 3600}
+GROUPS: tuple[Group, ...] = get_args(Group)
+COUNTS = 10_000
 # How long a readiness check waits for what only the index knows.
 _INDEX_SECONDS = 1.0
 # "All of them" of a listing.
@@ -120,15 +125,7 @@ async def get_audit_log(service: Service, call: Call) -> Answer:
     cursor = _decode_cursor(query.get("cursor"))
     if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
         raise InvalidInput("cursor", "is not one that this service gave out")
-    wanted = AuditQuery(
-        org_id=call.caller.principal.org_id,
-        resource_type=query.get("resource_type"),
-        action=query.get("action"),
-        name=query.get("name"),
-        actor=query.get("actor"),
-        success=requests.boolean(query, "success"),
-        since=_time(query, "since"),
-        until=_time(query, "until"),
+    wanted = _audit_query(call)._replace(
         before=None if cursor is None else int(cursor),
         limit=limit + 1,
         offset=requests.number(query, "offset", 0, 1 << 53),
@@ -136,6 +133,15 @@ async def get_audit_log(service: Service, call: Call) -> Answer:
     lines = await service.audit(call.caller, wanted)
     headers = _next(call, str(lines[limit - 1]["seq"])) if len(lines) > limit else {}
     return json_answer([shapes.audit_out(line) for line in lines[:limit]], headers=headers)
+
+
+async def summarise_audit_log(service: Service, call: Call) -> Answer:
+    """How many events there are, by hour or day and by action, outcome, actor or name."""
+    by = requests.choice(call.query, "by", GROUPS)
+    bucket = requests.choice(call.query, "bucket", tuple(BUCKETS))
+    grouping = Grouping(by, BUCKETS[bucket], COUNTS)
+    counts = await service.audit_summary(call.caller, _audit_query(call), grouping)
+    return json_answer(shapes.audit_summary(by, bucket, counts))
 
 
 async def create_api_key(service: Service, call: Call) -> Answer:
@@ -186,6 +192,21 @@ async def readyz(service: Service, call: Call) -> Answer:
         async with asyncio.timeout(_INDEX_SECONDS):
             keys = shapes.key_counts(await service.key_usage())
     return json_answer(shapes.Health("ready", keys=keys))
+
+
+def _audit_query(call: Call) -> AuditQuery:
+    """What the filters ask for, in the caller's organisation."""
+    query = call.query
+    return AuditQuery(
+        org_id=call.caller.principal.org_id,
+        resource_type=query.get("resource_type"),
+        action=query.get("action"),
+        name=query.get("name"),
+        actor=query.get("actor"),
+        success=requests.boolean(query, "success"),
+        since=_time(query, "since"),
+        until=_time(query, "until"),
+    )
 
 
 def _time(query: dict[str, str], name: str) -> float | None:

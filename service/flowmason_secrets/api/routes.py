@@ -65,7 +65,7 @@ _LISTING = (
     Parameter("expired", _FLAG, "Only expired ones, or only others."),
     *_PAGE,
 )
-_AUDIT = (
+_EVENTS = (
     Parameter("resource_type", _TEXT, "Only events about such resources: secret, api_key."),
     Parameter("action", _TEXT, "Only this action, like secret.read."),
     Parameter("name", _TEXT, "Only events about the resource of this name."),
@@ -73,8 +73,24 @@ _AUDIT = (
     Parameter("success", _FLAG, "Only successes, or only refusals and failures."),
     Parameter("since", _TIME, "Only events from this time on."),
     Parameter("until", _TIME, "Only events before this time."),
+)
+_AUDIT = (
+    *_EVENTS,
     Parameter("offset", {"type": "integer", "minimum": 0}, "Leave out so many of the newest."),
     *_PAGE,
+)
+_SUMMARY = (
+    *_EVENTS,
+    Parameter(
+        "by",
+        {"type": "string", "enum": list(handlers.GROUPS), "default": handlers.GROUPS[0]},
+        "What is counted for each value of its own.",
+    ),
+    Parameter(
+        "bucket",
+        {"type": "string", "enum": list(handlers.BUCKETS), "default": next(iter(handlers.BUCKETS))},
+        f"The length of time that each count is for, in UTC. At most {handlers.COUNTS:,} counts.",
+    ),
 )
 _WRITE = ("If-Match", "If-None-Match")
 
@@ -131,6 +147,15 @@ ROUTES: tuple[Route, ...] = (
         {200: list[shapes.AuditEntry]},
         (400, 401, 403, 422, 503),
         query=_AUDIT,
+    ),
+    Route(
+        "GET",
+        "/api/v1/auth/audit-log/summary",
+        handlers.summarise_audit_log,
+        (FULL, READ),
+        {200: shapes.AuditSummary},
+        (400, 401, 403, 422, 503),
+        query=_SUMMARY,
     ),
     Route(
         "POST",

@@ -18,6 +18,18 @@ _FEW = 32
 _RUN = 64
 
 
+_SECOND = 1_000_000
+
+_MATCHING = (
+    " from event where seq >= :from and seq < :to"
+    " and (:org is null or org = :org) and (:type is null or type = :type)"
+    " and (:action is null or action = :action)"
+    " and (:outcome is null or outcome = :outcome) and (:but is null or outcome <> :but)"
+    " and (:name is null or name = :name) and (:actor is null or actor = :actor)"
+    " and time >= :since and time < :until "
+)
+
+
 class Candidates(NamedTuple):
     """Events of one block as bits, the lowest for event `base`. If they are settled, all match;
     otherwise only their time or their name may be another one.
@@ -46,18 +58,33 @@ class Source:
     def rows(self, low: int, high: int) -> Iterator[int]:
         """The matching events with `low` <= seq < `high`, one by one, the newest first."""
         found = self._connection.execute(
-            "select seq, name from event where seq >= :from and seq < :to"
-            " and (:org is null or org = :org) and (:type is null or type = :type)"
-            " and (:action is null or action = :action)"
-            " and (:outcome is null or outcome = :outcome) and (:but is null or outcome <> :but)"
-            " and (:name is null or name = :name) and (:actor is null or actor = :actor)"
-            " and time >= :since and time < :until order by seq desc",
+            "select seq, name" + _MATCHING + "order by seq desc",
             self._parameters | {"from": low, "to": min(high, self._plan.high)},
         )
         names = self._plan.names
         for seq, name in found:
             if names is None or name in names:
                 yield seq
+
+    def counts(
+        self, span: tuple[int, int], field: int, bucket: tuple[int, int]
+    ) -> Iterator[tuple[int, int, int]]:
+        """How many of the events from one seq up to and without another match, by their time and a
+        field: the bucket, the term and how many. A bucket's number is its time divided by the
+        second figure, from the first one before the epoch on; in seconds.
+        """
+        (low, high), (before, seconds), names = span, bucket, self._plan.names
+        found = self._connection.execute(
+            "select (time + :before) / :unit,"
+            " case :by when 2 then action when 3 then outcome when 4 then name else actor end,"
+            " case when :named then name end, count(*)" + _MATCHING + "group by 1, 2, 3",
+            self._parameters
+            | {"from": low, "to": min(high, self._plan.high), "by": field}
+            | {"before": before * _SECOND, "unit": seconds * _SECOND, "named": names is not None},
+        )
+        for number, term, name, events in found:
+            if names is None or name in names:
+                yield number, term, events
 
     def blocks(self, high: int) -> Iterator[Candidates]:
         """All blocks with candidates below `high`, the newest first."""

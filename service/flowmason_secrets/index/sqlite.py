@@ -15,18 +15,20 @@ from typing import NamedTuple, TypeVar
 
 import aiofiles.os
 
-from ..core.errors import IndexUnavailable
+from ..core.errors import IndexUnavailable, InvalidInput
 from ..core.events import Line
 from ..core.names import org_hash
-from ..core.ports import AuditQuery, ListQuery, Tail
+from ..core.ports import AuditQuery, Count, Grouping, ListQuery, Tail
 from ..core.records import Metadata
-from . import audit, events, listing
+from . import audit, events, listing, summary
 from .database import Damaged, Database, is_damage, transaction
 from .terms import Terms
 
 _LOG = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+
+_TOO_MANY = "gives more than {:,} counts; take 'day', or a shorter time between 'since' and 'until'"
 
 # Steps of the background, each some ten milliseconds long: a query waits for at most one.
 _EVENTS = 1024
@@ -96,6 +98,31 @@ class SqliteIndex:
                 return audit.search(opened.terms, opened.connection, self._tail, query, position)
 
         return await self._hop(search)
+
+    async def summary(self, query: AuditQuery, grouping: Grouping, position: int) -> list[Count]:
+        """How many of the first `position` events match, by their time and a field, in the order of
+        both. Of the query, `limit` and `offset` don't count.
+
+        Raises:
+            InvalidInput: there are more counts than `grouping.most`.
+            LogDamaged: the log does not hold `position` events.
+            IndexUnavailable: the database can't be written.
+        """
+        counts, rest = summary.Counts(), position
+
+        def count(opened: _Open) -> tuple[summary.Counts, int]:
+            self._catch_up(opened, position)
+            with transaction(opened.connection, "deferred"):
+                return summary.count(opened.terms, opened.connection, query, grouping, rest)
+
+        # In turns with other queries. Events never change, so the counts belong together.
+        while rest:
+            more, rest = await self._hop(count)
+            counts.update(more)
+            if len(counts) > grouping.most:
+                raise InvalidInput("bucket", _TOO_MANY.format(grouping.most))
+        order = sorted(counts, key=lambda one: (one[0], one[1] is not None, one[1] or ""))
+        return [Count(start, key, counts[start, key]) for start, key in order]
 
     async def listing(self, query: ListQuery, position: int) -> list[Metadata]:
         """Matching secrets sorted by name, as they were after `position` events or later.

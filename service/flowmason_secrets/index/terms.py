@@ -112,6 +112,21 @@ class Terms:
         rows = self._connection.execute("select value from term where field = ?", (ORG,))
         return [_text(value) for (value,) in rows]
 
+    def text(self, field: int, term: int, org: int | None) -> str | None:
+        """The value of a field, None for `NONE`. `org` is the organisation's id if it is known.
+
+        Raises:
+            Damaged: there is no such term of this field, or it is of another organisation.
+        """
+        if term == NONE:
+            return None
+        row = self._connection.execute(
+            "select value, scope from term where id = ? and field = ?", (term, field)
+        ).fetchone()
+        if row is None or (field == NAME and org not in (None, row[1])):
+            raise Damaged(f"term {term} is not there, or not of this kind")
+        return _text(row[0])
+
     def names(self, name: str) -> set[int]:
         """The ids of a name in all organisations."""
         rows = self._connection.execute(
