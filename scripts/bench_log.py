@@ -24,10 +24,11 @@ import aiohttp
 import loggen
 
 from flowmason_secrets import app
+from flowmason_secrets.api.handlers import BUCKETS, GROUPS
 from flowmason_secrets.config import Settings
 from flowmason_secrets.core.drafts import Draft, KeyDraft
 from flowmason_secrets.core.keyring import Plaintext
-from flowmason_secrets.core.ports import AuditQuery
+from flowmason_secrets.core.ports import AuditQuery, Grouping
 from flowmason_secrets.service import Service
 
 MASTER_KEY = "a master key for measurements, long enough"
@@ -35,9 +36,9 @@ SMALL = 1000
 PAGE = "/api/v1/auth/audit-log"
 ORGANISATIONS = (0, 5, loggen.ORGANISATIONS - 1)
 
-# How many queries each single filter gets, each combination of filters, and how many commits a
-# round of commits has.
-SINGLE, COMBINED, COMMITS = 60, 8, 4000
+# For each organisation, how many queries each single filter gets, and how many each combination of
+# filters; and how many commits a round of them has.
+SINGLE, COMBINED, COMMITS = 70, 4, 4000
 
 
 @dataclass
@@ -210,7 +211,7 @@ async def queries(directory: Path) -> list[Bound]:
                         if "of some names" in kind:
                             label = "API key limited to names"
                         taken = timings.all.setdefault(label, [])
-                        for _ in range(SINGLE // 3 if size < 2 else COMBINED // 2):
+                        for _ in range(SINGLE if size < 2 else COMBINED):
                             url = f"{PAGE}?{filters.query(names)}"
                             began = time.perf_counter()
                             async with session.get(url, headers=headers) as answer:
@@ -222,6 +223,28 @@ async def queries(directory: Path) -> list[Bound]:
     timings.show()
     worst = max(timings.all, key=lambda name: p99(timings.all[name]))
     return [Bound(f"first page, p99 of the worst ({worst}): ms", p99(timings.all[worst]), 20.0)]
+
+
+async def summaries(directory: Path) -> None:
+    """How long it takes to count the events of the largest organisation."""
+    service = await opened(directory)
+    caller = app.local_caller(loggen.org(0))
+    everything = AuditQuery(loggen.org(0))
+    await service.audit(caller, everything)
+    print(f"{'summary, ms':32}{'all days':>12}{'a week':>12}{'counts':>9}")
+    for by in GROUPS:
+        for bucket, seconds in BUCKETS.items():
+            row = f"by {by}, per {bucket}"
+            for days in (loggen.DAYS + 1, 7):
+                since = (loggen.END - timedelta(days=days)).timestamp()
+                began = time.perf_counter()
+                counts = await service.audit_summary(
+                    caller, everything._replace(since=since), Grouping(by, seconds, 1_000_000)
+                )
+                took = (time.perf_counter() - began) * 1000
+                row = f"{row:32}{took:12,.0f}"
+            print(f"{row}{len(counts):9,}")
+    await service.close()
 
 
 async def commits(directory: Path, small: Path) -> list[Bound]:
@@ -259,6 +282,7 @@ def measure(place: Path, events: int) -> bool:
     bounds = asyncio.run(rebuild(directory, events))
     bounds += start(directory)
     bounds += asyncio.run(queries(directory))
+    asyncio.run(summaries(directory))
     bounds += asyncio.run(commits(directory, small))
     print(*bounds, sep="\n")
     return all(bound.kept for bound in bounds)

@@ -8,7 +8,8 @@ from .candidates import Source
 from .database import Damaged
 from .events import fetch, state
 from .plan import plan
-from .terms import Terms, matcher
+from .shelf import Open
+from .terms import matcher
 
 
 class Page:
@@ -40,21 +41,19 @@ class Page:
             bits ^= 1 << place
 
 
-def search(
-    terms: Terms, connection: sqlite3.Connection, tail: Tail, query: AuditQuery, position: int
-) -> list[Line]:
+def search(opened: Open, tail: Tail, query: AuditQuery, position: int) -> list[Line]:
     """The page of a query among the first `position` events. Needs a consistent view.
 
     Raises:
         Damaged: an event that was found is not in the log, or does not match.
     """
-    known = state(connection)
-    wanted = plan(terms, query, min(position, known.position))
+    known = state(opened.connection)
+    wanted = plan(opened.terms, query, min(position, known.position))
     page = Page(query.offset, query.limit)
     if wanted is None or page.full:
         return []
-    _fill(page, Source(connection, wanted, known.block), known.sealed, wanted.high)
-    return [_line(connection, tail, query, seq) for seq in page.seqs]
+    _fill(page, Source(opened, wanted), known.sealed, wanted.high)
+    return [_line(opened.connection, tail, query, seq) for seq in page.seqs]
 
 
 def _fill(page: Page, source: Source, sealed: int, high: int) -> None:

@@ -1,12 +1,11 @@
 """Where the events of a query are: rows for the newest ones, postings for all others."""
 
-import sqlite3
 from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import NamedTuple
 
 from .plan import Plan
-from .postings import decode
+from .shelf import Open
 
 # How many rows are looked at together where postings don't settle it: a page is often full
 # before a whole block was read. Of fewer candidates, each has its row looked up.
@@ -30,6 +29,10 @@ _MATCHING = (
 )
 
 
+# A row costs as much as so many postings, of which some are at hand.
+_ROWS = 4
+
+
 class Candidates(NamedTuple):
     """Events of one block as bits, the lowest for event `base`. If they are settled, all match;
     otherwise only their time or their name may be another one.
@@ -47,13 +50,13 @@ class Candidates(NamedTuple):
 
 
 class Source:
-    """The events of a plan. `block` is how many have their postings together."""
+    """The events of a plan."""
 
-    def __init__(self, connection: sqlite3.Connection, plan: Plan, block: int) -> None:
+    def __init__(self, opened: Open, plan: Plan) -> None:
+        self._connection, _, self._shelf = opened
+        self._block = self._shelf.block
         self._plan = plan
-        self._connection = connection
-        self._block = block
-        self._parameters = plan._asdict() | {"names": None}
+        self._parameters = plan._asdict() | {"names": None, "named": plan.names is not None}
 
     def rows(self, low: int, high: int) -> Iterator[int]:
         """The matching events with `low` <= seq < `high`, one by one, the newest first."""
@@ -80,7 +83,7 @@ class Source:
             " case when :named then name end, count(*)" + _MATCHING + "group by 1, 2, 3",
             self._parameters
             | {"from": low, "to": min(high, self._plan.high), "by": field}
-            | {"before": before * _SECOND, "unit": seconds * _SECOND, "named": names is not None},
+            | {"before": before * _SECOND, "unit": seconds * _SECOND},
         )
         for number, term, name, events in found:
             if names is None or name in names:
@@ -136,36 +139,20 @@ class Source:
         """The events that have all terms, by their blocks."""
         found = dict.fromkeys(numbers, -1)
         for term in self._plan.terms:
-            having = self._postings(term, found)
-            both = ((number, found[number] & bits) for number, bits in having.items())
+            having = self._shelf.having(term, found)
+            both = ((number, bits & having[number]) for number, bits in found.items())
             found = {number: bits for number, bits in both if bits}
             if not found:
                 return found
         if self._plan.but is not None:
-            for number, bits in self._postings(self._plan.but, found).items():
+            for number, bits in self._shelf.having(self._plan.but, found).items():
                 found[number] &= ~bits
         return found
 
     def _named(self, candidates: dict[int, int]) -> dict[int, int]:
         """The events with one of the names, where that is less to read than the candidates."""
-        names = self._plan.names or set()
-        many = {n: 0 for n, bits in candidates.items() if 0 < len(names) <= bits.bit_count()}
-        for name in names:
-            for number, bits in self._postings(name, many).items():
-                many[number] |= bits
-        return many
-
-    def _postings(self, term: int, numbers: Collection[int]) -> dict[int, int]:
-        """What blocks have of a term."""
-        if not numbers:
+        plan, names = self._plan, self._plan.names
+        if names is None:
             return {}
-        rows = self._connection.execute(
-            "select id, bits from block cross join posting on id = number << 32 | ?"
-            " where number between ? and ?",
-            (term, min(numbers), max(numbers)),
-        )
-        return {
-            where >> 32: decode(bits, where, self._block)
-            for where, bits in rows
-            if where >> 32 in numbers
-        }
+        many = [n for n, bits in candidates.items() if len(names) <= _ROWS * bits.bit_count()]
+        return self._shelf.having_any((plan.org, plan.named), names, many)

@@ -187,7 +187,7 @@ class Database:
         connection.execute("pragma page_size = 8192")
         connection.execute("pragma journal_mode = wal")
         connection.execute("pragma synchronous = normal")
-        connection.execute("pragma cache_size = -16384")
+        connection.execute("pragma cache_size = -8192")
         connection.execute("pragma journal_size_limit = 16777216")
         if self._is_empty(connection):
             self._create(connection)

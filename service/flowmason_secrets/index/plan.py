@@ -12,6 +12,7 @@ _FIRST, _LAST = -(2**62), 2**62
 
 class Plan(NamedTuple):
     """The terms that an event must have: all of them, one of `names` if given, and not `but`.
+    `named` is what the names have in common: one name in all organisations, or their patterns.
 
     Times are in microseconds: `since` <= time < `until`. Only events before `high` count.
     """
@@ -24,6 +25,7 @@ class Plan(NamedTuple):
     name: int | None
     actor: int | None
     names: set[int] | None
+    named: str | tuple[str, ...]
     since: int
     until: int
     high: int
@@ -63,6 +65,7 @@ def plan(terms: Terms, query: AuditQuery, position: int) -> Plan | None:
         name,
         found[ACTOR],
         names,
+        query.allow if query.name is None else query.name,
         since=_FIRST if query.since is None else _micros(query.since),
         until=_LAST if query.until is None else _micros(query.until),
         high=position if query.before is None else min(position, query.before),

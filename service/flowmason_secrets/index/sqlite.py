@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import aiofiles.os
 
@@ -22,6 +22,7 @@ from ..core.ports import AuditQuery, Count, Grouping, ListQuery, Tail
 from ..core.records import Metadata
 from . import audit, events, listing, summary
 from .database import Damaged, Database, is_damage, transaction
+from .shelf import Open, Shelf
 from .terms import Terms
 
 _LOG = logging.getLogger(__name__)
@@ -53,11 +54,6 @@ os.register_at_fork(
 )
 
 
-class _Open(NamedTuple):
-    connection: sqlite3.Connection
-    terms: Terms
-
-
 class SqliteIndex:
     """The projections in a SQLite file, which several processes may share, or in ":memory:".
 
@@ -78,7 +74,7 @@ class SqliteIndex:
         self._position = position
         self._block = block
         self._database = Database(path, remove, block, self._first_fill)
-        self._opened: _Open | None = None
+        self._opened: Open | None = None
         # One thread, because SQLite's work is serial anyway and its connection belongs to it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._follower: asyncio.Task[None] | None = None
@@ -92,10 +88,10 @@ class SqliteIndex:
             IndexUnavailable: the database can't be written.
         """
 
-        def search(opened: _Open) -> list[Line]:
+        def search(opened: Open) -> list[Line]:
             self._catch_up(opened, position)
             with transaction(opened.connection, "deferred"):
-                return audit.search(opened.terms, opened.connection, self._tail, query, position)
+                return audit.search(opened, self._tail, query, position)
 
         return await self._hop(search)
 
@@ -110,10 +106,10 @@ class SqliteIndex:
         """
         counts, rest = summary.Counts(), position
 
-        def count(opened: _Open) -> tuple[summary.Counts, int]:
+        def count(opened: Open) -> tuple[summary.Counts, int]:
             self._catch_up(opened, position)
             with transaction(opened.connection, "deferred"):
-                return summary.count(opened.terms, opened.connection, query, grouping, rest)
+                return summary.count(opened, query, grouping, rest)
 
         # In turns with other queries. Events never change, so the counts belong together.
         while rest:
@@ -149,7 +145,7 @@ class SqliteIndex:
             IndexUnavailable: the database can't be written.
         """
 
-        def found(opened: _Open) -> list[str]:
+        def found(opened: Open) -> list[str]:
             self._catch_up(opened, position)
             return opened.terms.organisations()
 
@@ -164,7 +160,7 @@ class SqliteIndex:
             IndexUnavailable: the database can't be written.
         """
 
-        def count(opened: _Open) -> dict[str, int] | None:
+        def count(opened: Open) -> dict[str, int] | None:
             self._catch_up(opened, position)
             if listing.load(opened.connection, self._tail, None, _SECRETS):
                 return None
@@ -206,7 +202,7 @@ class SqliteIndex:
                 pause = _AFTER_ERROR
             await asyncio.sleep(pause)
 
-    def _advance(self, opened: _Open) -> tuple[bool, float]:
+    def _advance(self, opened: Open) -> tuple[bool, float]:
         """One small step; whether there is more to do, and how many seconds it took."""
         began = time.perf_counter()
         more = self._extend(opened, self._position(), _EVENTS) or listing.load(
@@ -215,7 +211,7 @@ class SqliteIndex:
         return more, time.perf_counter() - began
 
     def _page(
-        self, opened: _Open, query: ListQuery, position: int
+        self, opened: Open, query: ListQuery, position: int
     ) -> tuple[list[Metadata], str | None]:
         self._catch_up(opened, position)
         org = org_hash(query.org_id)
@@ -224,13 +220,13 @@ class SqliteIndex:
         with transaction(opened.connection, "deferred"):
             return listing.page(opened.connection, query, _SCAN)
 
-    def _catch_up(self, opened: _Open, position: int) -> None:
+    def _catch_up(self, opened: Open, position: int) -> None:
         while (known := events.state(opened.connection)).position < position:
             self._check_open()
             behind = position - known.position
             self._extend(opened, position, self._block if behind > self._block else _EVENTS)
 
-    def _extend(self, opened: _Open, stop: int, most: int) -> bool:
+    def _extend(self, opened: Open, stop: int, most: int) -> bool:
         return events.extend(opened.terms, opened.connection, self._tail, stop, most)
 
     def _check_open(self) -> None:
@@ -240,7 +236,7 @@ class SqliteIndex:
     def _first_fill(self, connection: sqlite3.Connection) -> None:
         listing.fill(connection, self._tail, self._position())
 
-    async def _hop(self, work: Callable[[_Open], _Result]) -> _Result:
+    async def _hop(self, work: Callable[[Open], _Result]) -> _Result:
         def alone() -> _Result:
             with _working:
                 return self._guarded(work)
@@ -250,7 +246,7 @@ class SqliteIndex:
     async def _run(self, work: Callable[[], _Result]) -> _Result:
         return await aiofiles.os.wrap(work)(executor=self._executor)
 
-    def _guarded(self, work: Callable[[_Open], _Result]) -> _Result:
+    def _guarded(self, work: Callable[[Open], _Result]) -> _Result:
         """Do it, and if the database turns out to be damaged, replace that and do it once more."""
         try:
             return work(self._open())
@@ -267,12 +263,12 @@ class SqliteIndex:
         except (OSError, sqlite3.DatabaseError, Damaged) as error:
             raise IndexUnavailable(str(error)) from error
 
-    def _open(self) -> _Open:
+    def _open(self) -> Open:
         connection = self._database.current
         if connection is None or self._opened is None:
             self._check_open()
             connection = self._database.open()
-            self._opened = _Open(connection, Terms(connection))
+            self._opened = Open(connection, Terms(connection), Shelf(connection, self._block))
             events.verify(connection, self._tail)
         elif events.state(connection).position > self._position():
             # Another process may know more of the log; or the log was replaced by a shorter one.

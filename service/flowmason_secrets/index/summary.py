@@ -1,6 +1,5 @@
 """Counting the events of an audit query, a few blocks at a time."""
 
-import sqlite3
 from collections import Counter
 from itertools import islice
 
@@ -8,7 +7,8 @@ from ..core.ports import AuditQuery, Grouping
 from .candidates import Source
 from .events import state
 from .plan import plan
-from .terms import ACTION, ACTOR, NAME, OUTCOME, Terms
+from .shelf import Open
+from .terms import ACTION, ACTOR, NAME, OUTCOME
 
 # The start of a bucket in seconds since the epoch, and what its events have in common.
 Counts = Counter[tuple[int, str | None]]
@@ -22,24 +22,18 @@ _FIELDS = {"action": ACTION, "outcome": OUTCOME, "actor": ACTOR, "name": NAME}
 _ERA = 719_162 * 86_400
 
 
-def count(
-    terms: Terms,
-    connection: sqlite3.Connection,
-    query: AuditQuery,
-    grouping: Grouping,
-    high: int,
-) -> tuple[Counts, int]:
+def count(opened: Open, query: AuditQuery, grouping: Grouping, high: int) -> tuple[Counts, int]:
     """Count the newest of the events before `high`, which are indexed; and before which one to go
     on, 0 if that was all. Needs a consistent view.
 
     Raises:
         Damaged: a term is not what it should be.
     """
-    known, found = state(connection), Counts()
-    wanted = plan(terms, query, high)
+    known, found = state(opened.connection), Counts()
+    wanted = plan(opened.terms, query, high)
     if wanted is None:
         return found, 0
-    source = Source(connection, wanted, known.block)
+    source = Source(opened, wanted)
     if wanted.high > known.sealed:
         spans, rest = [(known.sealed, wanted.high)], known.sealed
     else:
@@ -49,6 +43,6 @@ def count(
     field = _FIELDS[grouping.by]
     for span in spans:
         for bucket, term, events in source.counts(span, field, (_ERA, grouping.seconds)):
-            text = terms.text(field, term, wanted.org)
+            text = opened.terms.text(field, term, wanted.org)
             found[bucket * grouping.seconds - _ERA, text] += events
     return found, rest
