@@ -382,7 +382,11 @@ async def test_the_command_line_exports_the_same_here_and_there(data_dir: Path) 
             ).json
     every = await run("audit", "export", "--data-dir", str(data_dir), variables=here.variables)
     assert every.out.encode() == b"".join(logged(data_dir))
-    assert sorted(path.name for path in out.parent.iterdir()) == ["out", "secrets"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "out",
+        "secrets",
+        "secrets-signing.key",
+    ]
 
 
 async def test_a_file_that_can_not_be_written_whole_is_not_there(data_dir: Path) -> None:

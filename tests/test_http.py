@@ -137,6 +137,7 @@ TABLE = {
     f"GET {AUDIT}": {F, R},
     f"GET {AUDIT}/stream": {F, R},
     f"GET {AUDIT}/export": {F, R},
+    f"GET {AUDIT}/summary": {F, R},
     f"POST {API_KEYS}": {F},
     f"GET {API_KEYS}": {F},
     f"DELETE {API_KEYS}/{{id}}": {F},

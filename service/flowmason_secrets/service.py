@@ -14,7 +14,7 @@ from .core.errors import SecretsError
 from .core.events import Event, Line, Receipt
 from .core.intents import Intent
 from .core.keyring import KeyNotHeld, KeyUsage, NotAuthentic, Plaintext
-from .core.ports import AuditQuery, Backend, ListQuery, Sources
+from .core.ports import AuditQuery, Backend, Count, Grouping, ListQuery, Sources
 from .core.records import (
     DropSecret,
     Metadata,
@@ -188,10 +188,21 @@ class Service:
         Raises:
             Denied: recorded in the log.
         """
-        position = await self._path.permit(
-            caller, "audit.read", "audit_log", lambda who: who.require(_FULL_OR_READ)
-        )
+        position = await self._audit_position(caller)
         return await self._index.audit(query._replace(allow=caller.principal.allow), position)
+
+    async def audit_summary(
+        self, caller: Caller, query: AuditQuery, grouping: Grouping
+    ) -> list[Count]:
+        """How many of the events that `audit` would give there are, by their time and a field.
+
+        Raises:
+            Denied: recorded in the log.
+            InvalidInput: there are more counts than `grouping.most`.
+        """
+        position = await self._audit_position(caller)
+        query = query._replace(allow=caller.principal.allow)
+        return await self._index.summary(query, grouping, position)
 
     async def whoami(self, caller: Caller) -> access.Principal:
         """The principal, whose API key is live at this moment.
@@ -262,6 +273,11 @@ class Service:
             self.trail.close()
             await self._index.close()
             await self._store.close()
+
+    async def _audit_position(self, caller: Caller) -> int:
+        return await self._path.permit(
+            caller, "audit.read", "audit_log", lambda who: who.require(_FULL_OR_READ)
+        )
 
     async def _find(self, attempt: Attempt, name: str) -> SecretRecord | None:
         """The stored secret; the attempt depends on it from now on, or on its absence."""

@@ -48,7 +48,7 @@ IDS = Ids(time.time, os.urandom)
 OLD_KEY, NEW_KEY = f"{MARK}: the old master key", f"{MARK}: the new master key"
 
 
-def open_on(root: Path, durable: Durable, segment: int = WHOLE) -> Service:
+def open_on(root: Path, durable: Durable, segment: int = WHOLE, block: int = 32768) -> Service:
     """What `app.open_service` makes, but for the recovery: that is a part of the operation."""
     source = KeyFile(key_file(root), (), durable)
     keyring = Keyring(source.load())
@@ -64,7 +64,7 @@ def open_on(root: Path, durable: Durable, segment: int = WHOLE) -> Service:
     )
     store = FilesStore(environment)
     index = SqliteIndex(
-        FilesTail(environment), layout.index, lambda: store.position, durable.unlink
+        FilesTail(environment), layout.index, lambda: store.position, durable.unlink, block
     )
     master = MasterKeys(keyring, source, lambda: store.position)
     key = SigningKey(signing_key(root), durable)

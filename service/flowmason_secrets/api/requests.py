@@ -20,6 +20,7 @@ from .connections import Budget
 from .problems import RequestError, malformed
 
 T = TypeVar("T")
+C = TypeVar("C", bound=str)
 
 # A value of 64 KiB of which JSON escapes every character, and room for the rest.
 MAX_BODY = 512 << 10
@@ -148,6 +149,19 @@ def number(query: dict[str, str], name: str, default: int, most: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19 and least <= int(text) <= most):
         raise InvalidInput(name, f"must be a number from {least} to {most}")
     return int(text)
+
+
+def choice(query: dict[str, str], name: str, options: tuple[C, ...]) -> C:
+    """One of the options, without the parameter the first one.
+
+    Raises:
+        InvalidInput: something else.
+    """
+    text = query.get(name, options[0])
+    for option in options:
+        if text == option:
+            return option
+    raise InvalidInput(name, f"must be one of {', '.join(options)}")
 
 
 def boolean(query: dict[str, str], name: str) -> bool | None:

@@ -105,6 +105,20 @@ _EXPORT = (
     *_EVENTS,
     *_PERIOD,
 )
+_SUMMARY = (
+    *_EVENTS,
+    *_PERIOD,
+    Parameter(
+        "by",
+        {"type": "string", "enum": list(trail.GROUPS), "default": trail.GROUPS[0]},
+        "What is counted for each value of its own.",
+    ),
+    Parameter(
+        "bucket",
+        {"type": "string", "enum": list(trail.BUCKETS), "default": next(iter(trail.BUCKETS))},
+        f"The length of time that each count is for, in UTC. At most {trail.COUNTS:,} counts.",
+    ),
+)
 _WRITE = ("If-Match", "If-None-Match")
 
 ROUTES: tuple[Route, ...] = (
@@ -181,6 +195,15 @@ ROUTES: tuple[Route, ...] = (
         (400, 401, 403, 422, 503),
         query=_EXPORT,
         media=("application/x-ndjson", "text/csv"),
+    ),
+    Route(
+        "GET",
+        "/api/v1/auth/audit-log/summary",
+        trail.summarise_audit_log,
+        (FULL, READ),
+        {200: shapes.AuditSummary},
+        (400, 401, 403, 422, 503),
+        query=_SUMMARY,
     ),
     Route(
         "POST",

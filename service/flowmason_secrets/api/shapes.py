@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from ..core import times
 from ..core.events import Detail, Line
 from ..core.keyring import KeyState, KeyUsage
 from ..core.names import MAX_DESCRIPTION, MAX_LABEL, MAX_NAME
+from ..core.ports import Count
 from ..core.records import ApiKey
 
 Category = Literal["api_key", "token", "credential", "other"]
@@ -59,6 +61,25 @@ class AuditEntry(msgspec.Struct, frozen=True):
     success: bool
     error_message: str | None
     ip_address: str | None
+
+
+class AuditCount(msgspec.Struct, frozen=True):
+    """So many events with this action, outcome, actor or name, in the hour or day from `start` on.
+    Events without an actor or name have null for it.
+    """
+
+    start: str
+    key: str | None
+    count: int
+
+
+class AuditSummary(msgspec.Struct, frozen=True):
+    """How many events there are, in the order of time; where there are none, there is no count."""
+
+    by: str
+    bucket: str
+    total: int
+    counts: list[AuditCount]
 
 
 class ApiKeyIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -176,6 +197,12 @@ def audit_out(line: Line) -> AuditEntry:
         error_message=None if success else str(line["details"].get("error", line["outcome"])),
         ip_address=line["client_ip"],
     )
+
+
+def audit_summary(by: str, bucket: str, counts: Sequence[Count]) -> AuditSummary:
+    """The wire form of counts of events."""
+    shown = [AuditCount(times.render(start), key, events) for start, key, events in counts]
+    return AuditSummary(by, bucket, sum(one.count for one in shown), shown)
 
 
 def key_counts(usage: Sequence[KeyUsage]) -> list[KeyCount]:

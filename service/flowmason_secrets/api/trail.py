@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from aiohttp import web
@@ -11,7 +11,7 @@ from aiohttp import web
 from ..core import times
 from ..core.errors import InvalidInput, SecretsError
 from ..core.events import Entry, Line
-from ..core.ports import AuditQuery
+from ..core.ports import AuditQuery, Group, Grouping
 from ..service import Service
 from . import paging, requests, shapes
 from .answers import Answer, json_answer
@@ -28,6 +28,12 @@ HEARTBEAT = 15.0
 # Seconds that the reader of a stream has, at its end, for what he has not taken yet: a server that
 # stops does not wait for him.
 _FAREWELL = 1.0
+
+# Of a summary: the lengths of its buckets in seconds, the default first, and how many counts it
+# may have.
+BUCKETS = {"day": 86400, "hour": 3600}
+GROUPS: tuple[Group, ...] = get_args(Group)
+COUNTS = 10_000
 
 # How many events a stream holds at once for a reader: below a mebibyte.
 _HELD = 100
@@ -62,6 +68,15 @@ async def get_audit_log(service: Service, call: Call) -> Answer:
         link = paging.link if wanted.after is None else paging.link_after
         headers = link(call, str(last))
     return json_answer([shapes.audit_out(line) for line in lines[:limit]], headers=headers)
+
+
+async def summarise_audit_log(service: Service, call: Call) -> Answer:
+    """How many events there are, by hour or day and by action, outcome, actor or name."""
+    by = requests.choice(call.query, "by", GROUPS)
+    bucket = requests.choice(call.query, "bucket", tuple(BUCKETS))
+    grouping = Grouping(by, BUCKETS[bucket], COUNTS)
+    counts = await service.audit_summary(call.caller, _query(call), grouping)
+    return json_answer(shapes.audit_summary(by, bucket, counts))
 
 
 async def stream_audit_log(service: Service, call: Call) -> web.StreamResponse:

@@ -89,10 +89,6 @@ _CHANGES = frozenset(
 )
 
 
-# A batch of re-encryption names the secrets it changed, by their ids, in `details.secrets`.
-KEY_ROTATE = "key.rotate"
-
-
 def is_change(line: Line) -> bool:
     """Whether the event made something visible, so that what others cached of it is outdated."""
     return line["outcome"] == "success" and line["action"] in _CHANGES

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from .errors import SecretsError
 from .events import Entry, Line, Receipt
@@ -112,6 +112,30 @@ class AuditQuery(NamedTuple):
     after: int | None = None
 
 
+# What events can be counted by; the default first.
+Group = Literal["action", "outcome", "actor", "name"]
+
+
+class Grouping(NamedTuple):
+    """How events are counted: by which field, and by buckets of so many seconds of their time, from
+    the epoch on. There are at most `most` counts.
+    """
+
+    by: Group
+    seconds: int
+    most: int
+
+
+class Count(NamedTuple):
+    """So many events with this value of a field, in the bucket that begins at `start`, in seconds
+    since the epoch.
+    """
+
+    start: float
+    key: str | None
+    events: int
+
+
 class ListQuery(NamedTuple):
     """Filters of a listing: `after` is the last name before this page, `expired` is as of `now`."""
 
@@ -171,6 +195,14 @@ class Index(Protocol):
 
     async def entries(self, query: AuditQuery, position: int) -> list[Entry]:
         """Like `audit`, together with the bytes in the log."""
+
+    async def summary(self, query: AuditQuery, grouping: Grouping, position: int) -> list[Count]:
+        """How many of the first `position` events match, by their time and a field, in the order of
+        both. Of the query, `limit` and `offset` don't count.
+
+        Raises:
+            InvalidInput: there are more counts than `grouping.most`.
+        """
 
     async def listing(self, query: ListQuery, position: int) -> list[Metadata]:
         """Matching secrets sorted by name, as they were after `position` events or later."""

@@ -1,49 +1,15 @@
 """Audit queries: in the order of time or against it, whole blocks at a time through postings."""
 
 import sqlite3
-from collections.abc import Iterator
-from typing import NamedTuple
 
 from ..core.events import Entry, Line
 from ..core.ports import AuditQuery, Tail
+from .candidates import Source
 from .database import Damaged
 from .events import fetch, state
-from .postings import EVERY, decode, key
-from .terms import ACTION, ACTOR, NAME, ORG, SUCCESS, TYPE, Terms, matcher
-
-# How many rows are looked at together where postings don't settle it: a page is often full
-# before a whole block was read.
-_PIECE = 1024
-
-# Times beyond these are the same as these; SQLite's integers have 64 bits.
-_FIRST, _LAST = -(2**62), 2**62
-
-
-class Plan(NamedTuple):
-    """A query in terms of the database. `terms` are all required, and one of `names` if given.
-
-    Times are in microseconds: `since` <= time < `until`. Only events with `low` <= seq < `high`
-    count, and come in the order of their seqs if `ascending`, else in reverse.
-    """
-
-    org: int | None
-    type: int | None
-    action: int | None
-    success: int | None
-    name: int | None
-    actor: int | None
-    names: set[int] | None
-    since: int
-    until: int
-    low: int
-    high: int
-    ascending: bool
-
-    @property
-    def terms(self) -> list[int]:
-        """The rarest kind first: blocks without it need no further look."""
-        order = (self.name, self.actor, self.action, self.success, self.type, self.org)
-        return [term for term in order if term is not None] or [EVERY]
+from .plan import Plan, plan
+from .shelf import Open
+from .terms import matcher
 
 
 class Page:
@@ -76,183 +42,46 @@ class Page:
             bits ^= 1 << place
 
 
-def search(
-    terms: Terms, connection: sqlite3.Connection, tail: Tail, query: AuditQuery, position: int
-) -> list[Entry]:
+def search(opened: Open, tail: Tail, query: AuditQuery, position: int) -> list[Entry]:
     """The page of a query among the first `position` events. Needs a consistent view.
 
     Raises:
         Damaged: an event that was found is not in the log, or does not match.
     """
-    known = state(connection)
-    plan = _plan(terms, query, min(position, known.position))
+    known = state(opened.connection)
+    wanted = plan(opened.terms, query, min(position, known.position))
     page = Page(query.offset, query.limit, query.after is not None)
-    if plan is None or page.full:
+    if wanted is None or page.full:
         return []
-    _fill(page, _Source(connection, plan, known.block), known.sealed)
-    return [_entry(connection, tail, query, seq) for seq in page.seqs]
+    _fill(page, Source(opened, wanted), wanted, known.sealed)
+    return [_entry(opened.connection, tail, query, seq) for seq in page.seqs]
 
 
-def _plan(terms: Terms, query: AuditQuery, position: int) -> Plan | None:
-    """None if nothing can match."""
-    kind = query.resource_type
-    if query.allow:
-        if kind not in (None, "secret"):
-            return None
-        kind = "secret"
-        if query.name is not None and not matcher(query.allow)(query.name):
-            return None
-    success = None if query.success is None else str(query.success)
-    found: list[int | None] = []
-    wanted = ((ORG, query.org_id), (TYPE, kind), (ACTION, query.action), (SUCCESS, success))
-    for field, value in (*wanted, (ACTOR, query.actor)):
-        term = None if value is None else terms.find(field, 0, value)
-        if term is None and value is not None:
-            return None
-        found.append(term)
-    org, type_, action, success_, actor = found
-    name, names = _names(terms, query, org)
-    if names is not None and not names:
-        return None
-    return Plan(
-        *(org, type_, action, success_, name, actor, names),
-        since=_FIRST if query.since is None else _micros(query.since),
-        until=_LAST if query.until is None else _micros(query.until),
-        low=0 if query.after is None else max(0, min(query.after + 1, position)),
-        high=position if query.before is None else min(position, query.before),
-        ascending=query.after is not None,
-    )
-
-
-def _names(terms: Terms, query: AuditQuery, org: int | None) -> tuple[int | None, set[int] | None]:
-    """The term of the name if it is one, or the terms of all names that match."""
-    if query.name is None:
-        return None, terms.allowed(org, query.allow) if query.allow else None
-    if org is None:
-        return None, terms.names(query.name)
-    term = terms.find(NAME, org, query.name)
-    return (None, set()) if term is None else (term, None)
-
-
-def _micros(seconds: float) -> int:
-    # Also bounds the infinities, which no integer stands for.
-    return round(min(max(seconds * 1e6, _FIRST), _LAST))
-
-
-def _fill(page: Page, source: "_Source", sealed: int) -> None:
-    for fill in (_fill_blocks, _fill_rows) if source.plan.ascending else (_fill_rows, _fill_blocks):
-        fill(page, source, sealed)
+def _fill(page: Page, source: Source, wanted: Plan, sealed: int) -> None:
+    for fill in (_fill_blocks, _fill_rows) if wanted.ascending else (_fill_rows, _fill_blocks):
+        fill(page, source, wanted.high, sealed)
         if page.full:
             return
 
 
-def _fill_rows(page: Page, source: "_Source", sealed: int) -> None:
-    for seq in source.rows(sealed, source.plan.high):
+def _fill_rows(page: Page, source: Source, high: int, sealed: int) -> None:
+    for seq in source.rows(sealed, high):
         page.add(seq)
         if page.full:
             return
 
 
-def _fill_blocks(page: Page, source: "_Source", sealed: int) -> None:
-    for base, bits, settled in source.blocks(min(sealed, source.plan.high)):
-        if settled:
-            page.add_all(base, bits)
+def _fill_blocks(page: Page, source: Source, high: int, sealed: int) -> None:
+    for candidates in source.blocks(min(sealed, high)):
+        if candidates.settled:
+            page.add_all(candidates.base, candidates.bits)
         else:
-            for seq in source.pieces(base, bits):
+            for seq in source.matching(candidates):
                 page.add(seq)
                 if page.full:
                     return
         if page.full:
             return
-
-
-_ROWS = (
-    "select seq, name from event where seq >= :from and seq < :to"
-    " and (:org is null or org = :org) and (:type is null or type = :type)"
-    " and (:action is null or action = :action)"
-    " and (:success is null or success = :success)"
-    " and (:name is null or name = :name) and (:actor is null or actor = :actor)"
-    " and time >= :since and time < :until order by seq"
-)
-_BLOCKS = (
-    "select number, first, last from block where number between ? and ?"
-    " and last >= ? and first < ? order by number"
-)
-
-
-class _Source:
-    """Where the seqs come from: rows for the newest events, postings for all others."""
-
-    def __init__(self, connection: sqlite3.Connection, plan: Plan, block: int) -> None:
-        self.plan = plan
-        self._connection = connection
-        self._block = block
-        self._parameters = plan._asdict() | {"names": None}
-        self._order = "" if plan.ascending else " desc"
-
-    def rows(self, low: int, high: int) -> Iterator[int]:
-        """The matching events with `low` <= seq < `high`, one by one."""
-        plan = self.plan
-        bounds = {"from": max(low, plan.low), "to": min(high, plan.high)}
-        found = self._connection.execute(_ROWS + self._order, self._parameters | bounds)
-        names = plan.names
-        for seq, name in found:
-            if names is None or name in names:
-                yield seq
-
-    def blocks(self, high: int) -> Iterator[tuple[int, int, bool]]:
-        """For each block with candidates below `high`: its first seq, the candidates as bits, and
-        whether they are settled, so that all of them match.
-        """
-        plan = self.plan
-        numbers = plan.low // self._block, (high - 1) // self._block
-        found = self._connection.execute(_BLOCKS + self._order, (*numbers, plan.since, plan.until))
-        for number, first, last in found:
-            base = number * self._block
-            bits = self._candidates(number)
-            if base + self._block > high:
-                bits &= (1 << (high - base)) - 1
-            if base < plan.low:
-                bits &= -1 << (plan.low - base)
-            settled = plan.since <= first and last < plan.until
-            if bits and plan.names is not None:
-                # Whatever is less: the names' postings, or the candidates' rows.
-                if len(plan.names) <= bits.bit_count() // 4:
-                    bits &= self._union(number, plan.names)
-                else:
-                    settled = False
-            if bits:
-                yield base, bits, settled
-
-    def pieces(self, base: int, bits: int) -> Iterator[int]:
-        """The matching ones among the candidates of a block, through their rows."""
-        lows = range(0, self._block, _PIECE)
-        for low in lows if self.plan.ascending else reversed(lows):
-            piece = bits >> low & ((1 << _PIECE) - 1)
-            if piece:
-                top = low + piece.bit_length()
-                bottom = low + (piece & -piece).bit_length() - 1
-                yield from self.rows(base + bottom, base + top)
-
-    def _candidates(self, number: int) -> int:
-        bits = -1
-        for term in self.plan.terms:
-            found = self._posting(number, term)
-            bits = found if bits == -1 else bits & found
-            if not bits:
-                break
-        return bits
-
-    def _union(self, number: int, terms: set[int]) -> int:
-        bits = 0
-        for term in terms:
-            bits |= self._posting(number, term)
-        return bits
-
-    def _posting(self, number: int, term: int) -> int:
-        where = key(number, term)
-        row = self._connection.execute("select bits from posting where id = ?", (where,)).fetchone()
-        return 0 if row is None else decode(row[0], where, self._block)
 
 
 def _entry(connection: sqlite3.Connection, tail: Tail, query: AuditQuery, seq: int) -> Entry:

@@ -17,7 +17,7 @@ from ..core.ports import Tail
 _LOG = logging.getLogger(__name__)
 
 MEMORY = ":memory:"
-VERSION = 2
+VERSION = 3
 
 _SCHEMA = """
 create table state (
@@ -29,11 +29,11 @@ create table term (
     id integer primary key, field integer not null, scope integer not null, value blob not null
 );
 create unique index term_value on term (value, field, scope);
-create index term_names on term (scope) where field = 5;
+create index term_names on term (scope) where field = 4;
 create table event (
     seq integer primary key, segment integer not null, "offset" integer not null,
     time integer not null, org integer not null, type integer not null, action integer not null,
-    success integer not null, name integer not null, actor integer not null
+    outcome integer not null, name integer not null, actor integer not null
 );
 create table posting (id integer primary key, bits blob not null);
 create table block (
@@ -226,7 +226,7 @@ class Database:
         connection.execute("pragma page_size = 8192")
         connection.execute("pragma journal_mode = wal")
         connection.execute("pragma synchronous = normal")
-        connection.execute("pragma cache_size = -16384")
+        connection.execute("pragma cache_size = -8192")
         connection.execute("pragma journal_size_limit = 16777216")
         if self._is_empty(connection):
             self._create(connection)

@@ -2,29 +2,22 @@
 
 import sqlite3
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import orjson
 
 from ..core.errors import LogDamaged
-from ..core.events import KEY_ROTATE, Entry, Line, is_change
+from ..core.events import Entry, Line
 from ..core.ports import Chunk, Tail
+from .columns import Columns
 from .database import Damaged, writing
-from .listing import Changed, note
-from .sealing import seal_column, seal_rows
-from .terms import ACTION, ACTOR, NAME, ORG, SUCCESS, TYPE, Terms
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
+from .listing import note
+from .sealing import seal_column, seal_columns
+from .terms import Terms
 
 # How many whole blocks may wait for their postings while there are events to index: sealing takes
 # longer than a query that finds a few new events should.
 _WAITING = 2
-
-# seq, segment, offset, time in microseconds, and the terms: organisation, resource type, action,
-# success, name, actor.
-Row = tuple[int, int, int, int, int, int, int, int, int, int]
 
 
 class State(NamedTuple):
@@ -133,28 +126,24 @@ def _extend(
     known: State,
     bounds: tuple[int, int],
 ) -> None:
-    rows: list[Row] = []
-    changed: set[Changed] = set()
-    batch = _batch(tail, known, *bounds)
-    try:
-        last = _read(batch, terms, known.filled, rows, changed)
-    except (KeyError, TypeError, ValueError) as error:
-        raise LogDamaged(
-            f"What follows event {known.position + len(rows) - 1} of the log is not an event."
-        ) from error
-    if last is None:
+    columns = Columns(known.filled)
+    for chunk in _batch(tail, known, *bounds):
+        columns.read(chunk, terms)
+    if columns.last is None:
         raise LogDamaged(f"The log ends before event {known.position}, which was acknowledged.")
-    connection.executemany("insert into event values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-    note(connection, tail, changed)
-    first, position = rows[0][0], rows[-1][0] + 1
+    connection.executemany(
+        "insert into event values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", columns.rows()
+    )
+    note(connection, tail, columns.changed)
+    first, position = columns.first, columns.end
     # A log whose beginning was archived has no events in the blocks before.
     sealed = known.sealed if known.position else first - first % known.block
-    if len(rows) == known.block and first == sealed:
-        seal_rows(connection, rows, known.block)
+    if position - first == known.block and first == sealed:
+        seal_columns(connection, columns, known.block)
         sealed = position
     connection.execute(
         'update state set position = ?, sealed = ?, segment = ?, "offset" = ?, event = ?',
-        (position, sealed, rows[-1][1], rows[-1][2], last["id"]),
+        (position, sealed, columns.segments[-1], columns.offsets[-1], columns.last),
     )
 
 
@@ -179,84 +168,3 @@ def _batch(tail: Tail, known: State, stop: int, most: int) -> Iterator[Chunk]:
 def _head(chunk: Chunk, lines: int) -> Chunk:
     data = b"\n".join(chunk.data.split(b"\n", lines)[:lines]) + b"\n"
     return chunk._replace(data=data)
-
-
-class _Kind(NamedTuple):
-    """What events of the same organisation, resource type, action and outcome have in common."""
-
-    org: int
-    type: int
-    action: int
-    success: int
-    changes: bool
-    names: dict[str | None, int]
-
-
-def _read(
-    batch: Iterator[Chunk], terms: Terms, filled: int, rows: list[Row], changed: set[Changed]
-) -> Line | None:
-    """Add the events to `rows` and the changes of secrets to `changed`; return the last event."""
-    line: Line | None = None
-    second, base = "", 0
-    kinds: dict[tuple[str | None, str, str, str], _Kind] = {}
-    actors = terms.known(ACTOR, 0)
-    for chunk in batch:
-        seq, segment, offset = chunk.first, chunk.segment, chunk.offset
-        for raw in chunk.data.split(b"\n")[:-1]:
-            line = _decode(raw, seq)
-            time = line["time"]
-            if len(time) == 27 and time[:19] == second and time[26] == "Z":
-                micros = base + int(time[20:26])
-            else:
-                micros = _micros(time)
-                second, base = time[:19], micros - micros % 1_000_000
-            common = (line["org_id"], line["resource_type"], line["action"], line["outcome"])
-            kind = kinds.get(common)
-            if kind is None:
-                kind = kinds[common] = _kind(terms, line)
-            org, type_, action, success, changes, names = kind
-            text = line["name"]
-            name = names.get(text)
-            if name is None:
-                name = terms.code(NAME, org, text)
-            text = line["actor"]
-            actor = actors.get(text)
-            if actor is None:
-                actor = terms.code(ACTOR, 0, text)
-            rows.append((seq, segment, offset, micros, org, type_, action, success, name, actor))
-            if changes and seq >= filled:
-                changed.update(_changes(line))
-            seq += 1
-            offset += len(raw) + 1
-    return line
-
-
-def _kind(terms: Terms, line: Line) -> _Kind:
-    org = terms.code(ORG, 0, line["org_id"])
-    return _Kind(
-        org,
-        terms.code(TYPE, 0, line["resource_type"]),
-        terms.code(ACTION, 0, line["action"]),
-        terms.code(SUCCESS, 0, str(line["outcome"] == "success")),
-        line["action"] == KEY_ROTATE or (line["resource_type"] == "secret" and is_change(line)),
-        terms.known(NAME, org),
-    )
-
-
-def _changes(line: Line) -> list[Changed]:
-    org_id = line["org_id"] or ""
-    if line["action"] == KEY_ROTATE:
-        secrets = line["details"].get("secrets")
-        return [(org_id, secret, None) for secret in secrets] if isinstance(secrets, list) else []
-    return [(org_id, line["resource_id"], line["name"])]
-
-
-def _decode(raw: bytes, seq: int) -> Line:
-    line: Line = orjson.loads(raw)
-    if line["seq"] != seq:
-        raise LogDamaged(f"Line {seq} of the log says that it is event {line['seq']}.")
-    return line
-
-
-def _micros(time: str) -> int:
-    return (datetime.fromisoformat(time) - _EPOCH) // _MICROSECOND

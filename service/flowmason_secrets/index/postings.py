@@ -104,20 +104,33 @@ def decode(blob: object, where: int, block: int) -> int:
     """Raises:
     Damaged: not what `seal` made for this key.
     """
-    # SQLite may hand out any type if the file is damaged.
-    if not isinstance(blob, bytes):
-        raise Damaged("a posting is not a string of bytes")
-    data = blob[:-4]
-    if _check(data, where) != blob[-4:]:
-        raise Damaged("a posting does not match its checksum")
-    if not data:
-        return (1 << block) - 1
-    if len(data) == block // 8:
-        return int.from_bytes(data, "little")
-    bitmap = bytearray(block // 8)
-    for place in struct.unpack(f"<{len(data) // 2}H", data):
-        bitmap[place >> 3] |= 1 << (place & 7)
-    return int.from_bytes(bitmap, "little")
+    return union([(where, blob)], block)
+
+
+def union(postings: Iterable[tuple[int, object]], block: int) -> int:
+    """The events that any of the postings has; they come with their keys.
+
+    Raises:
+        Damaged: one is not what `seal` made for its key.
+    """
+    bits = 0
+    bitmap: bytearray | None = None
+    for where, blob in postings:
+        # SQLite may hand out any type if the file is damaged.
+        if not isinstance(blob, bytes):
+            raise Damaged("a posting is not a string of bytes")
+        data = blob[:-4]
+        if _check(data, where) != blob[-4:]:
+            raise Damaged("a posting does not match its checksum")
+        if not data:
+            return (1 << block) - 1
+        if len(data) == block // 8:
+            bits |= int.from_bytes(data, "little")
+        else:
+            bitmap = bitmap or bytearray(block // 8)
+            for place in struct.unpack(f"<{len(data) // 2}H", data):
+                bitmap[place >> 3] |= 1 << (place & 7)
+    return bits if bitmap is None else bits | int.from_bytes(bitmap, "little")
 
 
 def _check(data: bytes, where: int) -> bytes:

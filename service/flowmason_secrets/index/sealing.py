@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Sequence
 
+from .columns import Columns
 from .postings import every, seal
 
 # One statement for each column of terms, in the order in which they are sealed.
@@ -10,18 +11,16 @@ _COLUMNS = (
     "select seq, org from event where seq >= ? and seq < ?",
     "select seq, type from event where seq >= ? and seq < ?",
     "select seq, action from event where seq >= ? and seq < ?",
-    "select seq, success from event where seq >= ? and seq < ?",
+    "select seq, outcome from event where seq >= ? and seq < ?",
     "select seq, name from event where seq >= ? and seq < ?",
     "select seq, actor from event where seq >= ? and seq < ?",
 )
 
 
-def seal_rows(connection: sqlite3.Connection, rows: Sequence[tuple[int, ...]], block: int) -> None:
-    """Seal the block that `rows` are, the whole of it, as they were inserted."""
-    number = rows[0][0] // block
-    _, _, _, times, *columns = zip(*rows, strict=True)
-    places = range(block)
-    _put(connection, columns, places, number, block)
+def seal_columns(connection: sqlite3.Connection, columns: Columns, block: int) -> None:
+    """Seal the block that these events are, the whole of it."""
+    number, places, times = columns.first // block, range(block), columns.times
+    _put(connection, columns.terms, places, number, block)
     _finish(connection, places, (min(times), max(times)), number, block)
 
 

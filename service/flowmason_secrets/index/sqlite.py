@@ -11,22 +11,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import aiofiles.os
 
-from ..core.errors import IndexUnavailable
+from ..core.errors import IndexUnavailable, InvalidInput
 from ..core.events import Entry, Line
 from ..core.names import org_hash
-from ..core.ports import AuditQuery, ListQuery, Tail
+from ..core.ports import AuditQuery, Count, Grouping, ListQuery, Tail
 from ..core.records import Metadata
-from . import audit, events, listing
+from . import audit, events, listing, summary
 from .database import Damaged, Database, Unsettled, is_damage, transaction, unwritten
+from .shelf import Open, Shelf
 from .terms import Terms
 
 _LOG = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+
+_TOO_MANY = "gives more than {:,} counts; take 'day', or a shorter time between 'since' and 'until'"
 
 # Steps of the background, each some ten milliseconds long: a query waits for at most one.
 _EVENTS = 1024
@@ -51,11 +54,6 @@ os.register_at_fork(
 )
 
 
-class _Open(NamedTuple):
-    connection: sqlite3.Connection
-    terms: Terms
-
-
 class SqliteIndex:
     """The projections in a SQLite file, which several processes may share, or in ":memory:".
 
@@ -70,13 +68,13 @@ class SqliteIndex:
         path: Path | str,
         position: Callable[[], int],
         remove: Callable[[Path], None],
-        block: int = 16384,
+        block: int = 32768,
     ) -> None:
         self._tail = tail
         self._position = position
         self._block = block
         self._database = Database(path, remove, block, self._first_fill)
-        self._opened: _Open | None = None
+        self._opened: Open | None = None
         # One thread, because SQLite's work is serial anyway and its connection belongs to it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._follower: asyncio.Task[None] | None = None
@@ -95,12 +93,37 @@ class SqliteIndex:
     async def entries(self, query: AuditQuery, position: int) -> list[Entry]:
         """Like `audit`, together with the bytes in the log."""
 
-        def search(opened: _Open) -> list[Entry]:
+        def search(opened: Open) -> list[Entry]:
             self._catch_up(opened, position)
             with transaction(opened.connection, "deferred"):
-                return audit.search(opened.terms, opened.connection, self._tail, query, position)
+                return audit.search(opened, self._tail, query, position)
 
         return await self._hop(search)
+
+    async def summary(self, query: AuditQuery, grouping: Grouping, position: int) -> list[Count]:
+        """How many of the first `position` events match, by their time and a field, in the order of
+        both. Of the query, `limit` and `offset` don't count.
+
+        Raises:
+            InvalidInput: there are more counts than `grouping.most`.
+            LogDamaged: the log does not hold `position` events.
+            IndexUnavailable: the database can't be written.
+        """
+        counts, rest = summary.Counts(), position
+
+        def count(opened: Open) -> tuple[summary.Counts, int]:
+            self._catch_up(opened, position)
+            with transaction(opened.connection, "deferred"):
+                return summary.count(opened, query, grouping, rest)
+
+        # In turns with other queries. Events never change, so the counts belong together.
+        while rest:
+            more, rest = await self._hop(count)
+            counts.update(more)
+            if len(counts) > grouping.most:
+                raise InvalidInput("bucket", _TOO_MANY.format(grouping.most))
+        order = sorted(counts, key=lambda one: (one[0], one[1] is not None, one[1] or ""))
+        return [Count(start, key, counts[start, key]) for start, key in order]
 
     async def listing(self, query: ListQuery, position: int) -> list[Metadata]:
         """Matching secrets sorted by name, as they were after `position` events or later.
@@ -127,7 +150,7 @@ class SqliteIndex:
             IndexUnavailable: the database can't be written.
         """
 
-        def found(opened: _Open) -> list[str]:
+        def found(opened: Open) -> list[str]:
             self._catch_up(opened, position)
             return opened.terms.organisations()
 
@@ -142,7 +165,7 @@ class SqliteIndex:
             IndexUnavailable: the database can't be written.
         """
 
-        def count(opened: _Open) -> dict[str, int] | None:
+        def count(opened: Open) -> dict[str, int] | None:
             self._catch_up(opened, position)
             while listing.load(opened.connection, self._tail, None, _SECRETS):
                 # Within `unwritten`, what was loaded would be lost.
@@ -189,7 +212,7 @@ class SqliteIndex:
                 pause = _AFTER_ERROR
             await asyncio.sleep(pause)
 
-    def _advance(self, opened: _Open) -> tuple[bool, float]:
+    def _advance(self, opened: Open) -> tuple[bool, float]:
         """One small step; whether there is more to do, and how many seconds it took."""
         began = time.perf_counter()
         more = self._extend(opened, self._position(), _EVENTS) or listing.load(
@@ -198,7 +221,7 @@ class SqliteIndex:
         return more, time.perf_counter() - began
 
     def _page(
-        self, opened: _Open, query: ListQuery, position: int
+        self, opened: Open, query: ListQuery, position: int
     ) -> tuple[list[Metadata], str | None]:
         self._catch_up(opened, position)
         org = org_hash(query.org_id)
@@ -207,13 +230,13 @@ class SqliteIndex:
         with transaction(opened.connection, "deferred"):
             return listing.page(opened.connection, query, _SCAN)
 
-    def _catch_up(self, opened: _Open, position: int) -> None:
+    def _catch_up(self, opened: Open, position: int) -> None:
         while (known := events.state(opened.connection)).position < position:
             self._check_open()
             behind = position - known.position
             self._extend(opened, position, self._block if behind > self._block else _EVENTS)
 
-    def _extend(self, opened: _Open, stop: int, most: int) -> bool:
+    def _extend(self, opened: Open, stop: int, most: int) -> bool:
         return events.extend(opened.terms, opened.connection, self._tail, stop, most)
 
     def _check_open(self) -> None:
@@ -223,7 +246,7 @@ class SqliteIndex:
     def _first_fill(self, connection: sqlite3.Connection) -> None:
         listing.fill(connection, self._tail, self._position())
 
-    async def _hop(self, work: Callable[[_Open], _Result], keep: bool = False) -> _Result:
+    async def _hop(self, work: Callable[[Open], _Result], keep: bool = False) -> _Result:
         """`keep`: the work is of no use if what it writes is lost."""
 
         def alone() -> _Result:
@@ -235,7 +258,7 @@ class SqliteIndex:
     async def _run(self, work: Callable[[], _Result]) -> _Result:
         return await aiofiles.os.wrap(work)(executor=self._executor)
 
-    def _guarded(self, work: Callable[[_Open], _Result], keep: bool) -> _Result:
+    def _guarded(self, work: Callable[[Open], _Result], keep: bool) -> _Result:
         """Do it, and if the database turns out to be damaged, replace that and do it once more."""
         try:
             return work(self._open())
@@ -255,7 +278,7 @@ class SqliteIndex:
             raise IndexUnavailable(str(error)) from error
 
     def _without_writing(
-        self, work: Callable[[_Open], _Result], keep: bool, reason: Exception
+        self, work: Callable[[Open], _Result], keep: bool, reason: Exception
     ) -> _Result:
         """Do it in memory, because the database can't be written: on a full disk, say."""
         if keep or self._opened is None:
@@ -267,14 +290,15 @@ class SqliteIndex:
             raise IndexUnavailable(str(reason)) from error
         finally:
             self._opened.terms.forget()
+            self._opened.shelf.forget()
 
-    def _open(self) -> _Open:
+    def _open(self) -> Open:
         connection = self._database.current
         if connection is None or self._opened is None:
             self._check_open()
             self._opened = None
             connection = self._database.open()
-            self._opened = _Open(connection, Terms(connection))
+            self._opened = Open(connection, Terms(connection), Shelf(connection, self._block))
             events.verify(connection, self._tail)
         elif events.state(connection).position > self._position():
             # Another process may know more of the log; or the log was replaced by a shorter one.

@@ -1,16 +1,38 @@
 """Terms: the strings that audit queries ask for, as small integers. Only what is known is kept."""
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
 
 from ..core.access import Principal
 from .database import Damaged
 
-ORG, TYPE, ACTION, SUCCESS, ACTOR, NAME = range(6)
+# In the order of the columns.
+FIELDS = ORG, TYPE, ACTION, OUTCOME, NAME, ACTOR = range(6)
+
+# Stands for "no value"; the ids of terms begin at 1.
+NONE = 0
 
 # Bounded: names come from callers.
 _MAX_CACHED = 200_000
 _MAX_ALLOWED = 16
+
+
+class Indexed(msgspec.Struct, gc=False):
+    """The fields of an event that are indexed."""
+
+    id: str
+    seq: int
+    time: Annotated[datetime, msgspec.Meta(tz=True)]
+    action: str
+    outcome: str
+    org_id: str | None
+    resource_type: str
+    name: str | None
+    actor: str | None
 
 
 def matcher(allow: tuple[str, ...]) -> Callable[[str], bool]:
@@ -19,44 +41,55 @@ def matcher(allow: tuple[str, ...]) -> Callable[[str], bool]:
 
 
 class Terms:
-    """The dictionary of one open database. Ids begin at 1; 0 stands for "no value"."""
+    """The dictionary of one open database."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._known: dict[tuple[int, int], dict[str | None, int]] = {}
-        self._count = 0
+        self._fields: dict[int, _Known] = {}
+        self._names: dict[str | None, _Known] = {}
         # For an organisation and its patterns: the names that match among the terms up to an id.
         self._allowed: dict[tuple[int | None, tuple[str, ...]], tuple[int, set[int]]] = {}
 
     def forget(self) -> None:
         """Ids that were given in a transaction that did not commit are void."""
-        self._known.clear()
+        self._fields.clear()
+        self._names.clear()
         self._allowed.clear()
-        self._count = 0
 
     def trim(self) -> None:
-        """Bound the memory. Not between `known` and the last use of its answer."""
-        if self._count > _MAX_CACHED:
+        """Bound the memory."""
+        if sum(map(len, (*self._fields.values(), *self._names.values()))) > _MAX_CACHED:
             self.forget()
 
-    def known(self, field: int, scope: int) -> dict[str | None, int]:
-        """Ids at hand: where a value is missing, `code` has it and adds it."""
-        found = self._known.get((field, scope))
+    def columns(self, events: Sequence[Indexed]) -> list[list[int]]:
+        """The terms of events, new ones if need be: a list for each of the fields."""
+        orgs = [event.org_id for event in events]
+        names = {org: self._names_of(org) for org in set(orgs)}
+        return [
+            list(map(self._known(ORG).__getitem__, orgs)),
+            list(map(self._known(TYPE).__getitem__, [event.resource_type for event in events])),
+            list(map(self._known(ACTION).__getitem__, [event.action for event in events])),
+            list(map(self._known(OUTCOME).__getitem__, [event.outcome for event in events])),
+            [names[event.org_id][event.name] for event in events],
+            list(map(self._known(ACTOR).__getitem__, [event.actor for event in events])),
+        ]
+
+    def _known(self, field: int) -> "_Known":
+        return self._fields.setdefault(field, _Known(self, field, 0))
+
+    def _names_of(self, org: str | None) -> "_Known":
+        found = self._names.get(org)
         if found is None:
-            found = self._known[field, scope] = {None: 0}
+            found = self._names[org] = _Known(self, NAME, self._known(ORG)[org])
         return found
 
-    def code(self, field: int, scope: int, value: str | None) -> int:
-        """The id of a term, new if need be. `scope` is the organisation's id for names, else 0."""
-        known = self.known(field, scope)
-        term = known.get(value)
-        if term is None and value is not None:
-            term = self.find(field, scope, value) or self._add(field, scope, value)
-            known[value] = term
-            self._count += 1
-        return term or 0
-
-    def _add(self, field: int, scope: int, value: str) -> int:
+    def add(self, field: int, scope: int, value: str) -> int:
+        """The id of a term, a new one if no event had it. `scope` is the organisation's id for
+        names, else 0.
+        """
+        known = self.find(field, scope, value)
+        if known is not None:
+            return known
         cursor = self._connection.execute(
             "insert into term (field, scope, value) values (?, ?, ?)",
             (field, scope, value.encode()),
@@ -79,6 +112,21 @@ class Terms:
         """
         rows = self._connection.execute("select value from term where field = ?", (ORG,))
         return [_text(value) for (value,) in rows]
+
+    def text(self, field: int, term: int, org: int | None) -> str | None:
+        """The value of a field, None for `NONE`. `org` is the organisation's id if it is known.
+
+        Raises:
+            Damaged: there is no such term of this field, or it is of another organisation.
+        """
+        if term == NONE:
+            return None
+        row = self._connection.execute(
+            "select value, scope from term where id = ? and field = ?", (term, field)
+        ).fetchone()
+        if row is None or (field == NAME and org not in (None, row[1])):
+            raise Damaged(f"term {term} is not there, or not of this kind")
+        return _text(row[0])
 
     def names(self, name: str) -> set[int]:
         """The ids of a name in all organisations."""
@@ -107,11 +155,23 @@ class Terms:
     def _since(self, org: int | None, last: int) -> sqlite3.Cursor:
         if org is None:
             return self._connection.execute(
-                "select id, value from term where field = 5 and id > ?", (last,)
+                "select id, value from term where field = 4 and id > ?", (last,)
             )
         return self._connection.execute(
-            "select id, value from term where field = 5 and scope = ? and id > ?", (org, last)
+            "select id, value from term where field = 4 and scope = ? and id > ?", (org, last)
         )
+
+
+class _Known(dict[str | None, int]):
+    """The ids of a field's values, those that are at hand; any other is added when asked for."""
+
+    def __init__(self, terms: Terms, field: int, scope: int) -> None:
+        super().__init__({None: NONE})
+        self._terms, self._field, self._scope = terms, field, scope
+
+    def __missing__(self, value: str) -> int:
+        term = self[value] = self._terms.add(self._field, self._scope, value)
+        return term
 
 
 def _storable(value: str) -> bytes:

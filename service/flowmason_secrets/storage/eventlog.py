@@ -294,16 +294,14 @@ class ChunkReader:
             file.seek(offset)
             while seq < stop:
                 data = file.read(_CHUNK) + file.readline()
-                if not data:
+                lines = data.count(b"\n")
+                if not lines:
                     raise LogDamaged(f"{segment_name(first)} ends before event {seq}.")
-                lines = data.splitlines(keepends=True)[: stop - seq]
-                skip = min(max(start - seq, 0), len(lines))
-                place = offset + sum(map(len, lines[:skip]))
-                wanted = b"".join(lines[skip:])
-                if wanted:
-                    yield Chunk(seq + skip, first, place, wanted)
-                seq += len(lines)
-                offset = place + len(wanted)
+                skip, end = min(max(start - seq, 0), lines), min(stop - seq, lines)
+                low, high = _place(data, skip, lines), _place(data, end, lines)
+                if low < high:
+                    yield Chunk(seq + skip, first, offset + low, data[low:high])
+                seq, offset = seq + end, offset + high
                 self._stopped = (seq, first, offset)
 
 
@@ -327,6 +325,16 @@ def _near(file: BinaryIO, start: int, known: tuple[int, int]) -> tuple[int, int]
         else:
             seq, offset = found, place
     return seq, offset
+
+
+def _place(data: bytes, line: int, lines: int) -> int:
+    """Where a line begins, of so many whole ones, or where they end."""
+    if line == lines:
+        return data.rfind(b"\n") + 1
+    place = 0
+    for _ in range(line):
+        place = data.index(b"\n", place) + 1
+    return place
 
 
 def read_line(directory: Path, segment: int, offset: int) -> bytes:
