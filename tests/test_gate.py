@@ -112,7 +112,7 @@ async def test_changes_that_wait_together_share_two_syncs(stores: Stores) -> Non
     await asyncio.gather(*(gate.submit(put(f"N{number}")) for number in range(64)))
     assert disk.steps.count("sync") == 2
     # First the changes are durable, then their events, and only then they are published.
-    assert disk.steps[:5] == ["write", "sync", "write", "sync", "put"]
+    assert disk.steps[:5] == ["write", "sync", "write", "sync", "place"]
     assert "sync_path" not in disk.steps
 
 

@@ -30,8 +30,10 @@ from flowmason_secrets.core.errors import (
 from flowmason_secrets.core.events import Line
 from flowmason_secrets.core.keyring import DEFAULT_KEY_ID, MasterKey, Plaintext
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
+from flowmason_secrets.core.records import Inventory
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage.durable import Durable
+from flowmason_secrets.storage.files import FilesStore
 from flowmason_secrets.storage.keysources import KeyFile
 from flowmason_studio.services.secrets import SecretsService
 
@@ -309,6 +311,24 @@ async def test_damaged_files_keep_the_old_keys(kind: str, data_dir: Path, key_fi
         with pytest.raises(ConfigurationError, match="1 damaged"):
             await service.rotation.retire(ACME, ())
         await service.delete(ACME, "HALF")
+        assert await service.rotation.retire(ACME, ()) == [ID_1]
+
+
+async def test_half_a_secret_for_a_moment_keeps_no_key(
+    data_dir: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another process is publishing it just then."""
+    async with opened(data_dir, key_file) as service:
+        await put(service, "NAME", "value")
+        await service.rotation.use(ACME, TWO)
+        await service.rotation.finish(ACME)
+        look, looks = FilesStore.inventory, itertools.count()
+
+        async def inventory(store: FilesStore, org: str) -> Inventory:
+            found = await look(store, org)
+            return found._replace(damaged=[secret_hash("NEW")]) if next(looks) == 0 else found
+
+        monkeypatch.setattr(FilesStore, "inventory", inventory)
         assert await service.rotation.retire(ACME, ()) == [ID_1]
 
 

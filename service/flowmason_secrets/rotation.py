@@ -23,6 +23,9 @@ from .masterkeys import MasterKeys
 # Secrets whose files are written while the commit lock is held: a read waits for as many.
 BATCH = 32
 
+# How often what looks damaged is looked at again.
+_LOOKS = 2
+
 _BEGIN, _BATCH, _RETIRE = "begin", "batch", "retire"
 
 
@@ -141,6 +144,17 @@ class Rotation:
             LogUnavailable: not even the state of the log can be read.
             IndexUnavailable: the organisations can't be looked up.
         """
+        found = await self._survey(known)
+        for _ in range(_LOOKS):
+            if not found.damaged:
+                break
+            # A secret that is just being created or deleted is half of one for a moment.
+            again = await self._survey(known)
+            found = again._replace(damaged=[n for n in again.damaged if n in found.damaged])
+        return found
+
+    async def _survey(self, known: Collection[str]) -> Survey:
+        # What is being published is published when this returns: both hold the commit lock.
         await self._gate.is_current(Intent(None, ()))
         ids = {*known, *await self._index.organisations(self._store.position)}
         by_hash = {org_hash(org_id): org_id for org_id in ids}
