@@ -285,6 +285,12 @@ async def test_requests_that_wait_in_line_are_bounded(data_dir: Path, leaving: b
         if leaving:
             for peer in peers:
                 peer.leave(abruptly=True)
+            async with asyncio.timeout(PATIENCE):
+                while any(one.connected for one in site.server.connections):
+                    await asyncio.sleep(0.01)
+            # Others were refused.
+            assert site.connections >= 1
+            assert site.budget.held >= 80_000
         disk.free.set()
         if not leaving:
             statuses = []
