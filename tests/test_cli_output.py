@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import io
 import os
 import re
 import struct
@@ -10,6 +11,11 @@ import sys
 import termios
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
+
+from flowmason_secrets.cli import progress
+from flowmason_secrets.core.ports import Building
 
 from .harness.server import serving, session
 from .test_cli import PROGRAM, Place, environment, local, remote, run
@@ -154,3 +160,32 @@ async def test_on_a_terminal(data_dir: Path) -> None:
     assert "\x1b[1m" in table.shown
     assert not re.search("[\x00-\x09\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202e]", plain)
     assert max(map(len, plain.splitlines())) <= 60
+
+
+class Watched(io.StringIO):
+    """A stderr that somebody looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+async def test_who_waits_for_the_index_sees_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_EVERY", 0.001)
+    monkeypatch.setenv("TERM", "xterm")
+    stderr = Watched()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    steps = iter([None, None, Building(5, 1000), Building(5, 1000), Building(990, 1000), None])
+    await progress.watch(lambda: next(steps))
+    assert next(steps, "end") == "end"
+    shown = stderr.getvalue()
+    assert "Building the index" in shown
+    assert "990/1000" in shown
+
+
+async def test_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    await progress.watch(lambda: Building(5, 1000))
+    assert stderr.getvalue() == ""

@@ -1,13 +1,15 @@
 """The index against a plain scan of the lines: same answers, whatever happens to its file."""
 
 import asyncio
+import contextlib
 import logging
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -21,7 +23,8 @@ from flowmason_secrets.core.events import Line
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
 from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
 from flowmason_secrets.core.records import Metadata
-from flowmason_secrets.index import listing, sqlite
+from flowmason_secrets.index import events, listing, sqlite
+from flowmason_secrets.index.progress import Progress
 from flowmason_secrets.index.sqlite import SqliteIndex
 
 ORGS = ("acme", "globex")
@@ -41,6 +44,7 @@ class FakeLog:
         self.reads = 0
         self.archived = 0
         self.is_settled = True
+        self.claimed = False
 
     def position(self) -> int:
         return len(self.lines)
@@ -109,6 +113,13 @@ class FakeLog:
 
     def decoded(self) -> list[Line]:
         return [orjson.loads(line) for line in self.lines]
+
+    def claim(self) -> Callable[[], None] | None:
+        """Once until it is released, like a lock on the log."""
+        if self.claimed:
+            return None
+        self.claimed = True
+        return lambda: setattr(self, "claimed", False)
 
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         first = max(start, self.archived)
@@ -191,11 +202,11 @@ def make(log: FakeLog, path: Path | str = ":memory:", block: int = 16) -> Sqlite
     return build(log, log, path, block)
 
 
-def mixed(seed: int, events: int) -> FakeLog:
+def mixed(seed: int, size: int) -> FakeLog:
     """A log of all kinds of events, their times not in order, and what they left behind."""
     chance, log = random.Random(seed), FakeLog()
     log.store("z" * 300)
-    for _ in range(events):
+    for _ in range(size):
         org, name = chance.choice(ORGS), chance.choice(NAMES)
         more = chance.random()
         if more < 0.2:
@@ -293,9 +304,9 @@ quick = settings(
 )
 @quick
 def test_an_audit_query_is_a_scan_of_the_lines(
-    seed: int, events: int, queries: list[AuditQuery], block: int, data: st.DataObject
+    seed: int, size: int, queries: list[AuditQuery], block: int, data: st.DataObject
 ) -> None:
-    log = mixed(seed, events)
+    log = mixed(seed, size)
 
     async def run() -> None:
         index = make(log, block=block)
@@ -311,9 +322,9 @@ def test_an_audit_query_is_a_scan_of_the_lines(
 @given(st.integers(0, 1000), st.integers(0, 60), st.lists(listings, min_size=5, max_size=20))
 @quick
 def test_a_listing_is_a_scan_of_the_metadata(
-    seed: int, events: int, queries: list[ListQuery]
+    seed: int, size: int, queries: list[ListQuery]
 ) -> None:
-    log = mixed(seed, events)
+    log = mixed(seed, size)
 
     async def run() -> None:
         index = make(log)
@@ -666,6 +677,124 @@ async def test_it_follows_in_the_background(path: Path, monkeypatch: pytest.Monk
     log.put("later")
     await asyncio.wait_for(until_current(), 20)
     await index.close()
+    await index.close()
+
+
+class Reader:
+    """A process's view of a log; counts how often it was read."""
+
+    def __init__(self, log: FakeLog) -> None:
+        self._log = log
+        self.reads = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._log, name)
+
+    def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        self.reads += 1
+        return self._log.chunks(start, stop)
+
+
+async def test_one_at_a_time_follows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "_PAUSE", 0.001)
+    monkeypatch.setattr(sqlite, "_REST", 0)
+    log = mixed(1, 100)
+    readers = [Reader(log), Reader(log)]
+    one, two = (build(reader, log, path) for reader in readers)  # type: ignore[arg-type]
+    one.start()
+    await indexed(path, log)
+    two.start()
+    for _ in range(20):
+        log.put("more")
+        await indexed(path, log)
+    assert readers[0].reads > 1
+    assert readers[1].reads == 0
+    # It answers all the same, and takes over.
+    await check(log, two)
+    await one.close()
+    log.put("more")
+    await indexed(path, log)
+    await two.close()
+    assert not log.claimed
+
+
+async def indexed(path: Path, log: FakeLog) -> None:
+    """Return when everything is indexed, by whomever."""
+
+    async def wait() -> None:
+        while True:
+            if path.exists():
+                database = sqlite3.connect(path)
+                with contextlib.suppress(sqlite3.OperationalError):
+                    if database.execute("select position from state").fetchone() == (
+                        len(log.lines),
+                    ):
+                        return
+                database.close()
+            await asyncio.sleep(0.002)
+
+    await asyncio.wait_for(wait(), 20)
+
+
+async def test_it_says_how_far_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = mixed(1, 1000)
+    index, seen = make(log, path, 8), []
+    query = asyncio.create_task(index.audit(AuditQuery(None, limit=1), log.position()))
+    while not query.done():
+        seen.append(index.building)
+        await asyncio.sleep(0)
+    told = [building for building in seen if building is not None]
+    assert told
+    assert {building.events for building in told} == {1000}
+    assert [building.indexed for building in told] == sorted(building.indexed for building in told)
+    assert index.building is None
+    await index.close()
+
+
+def test_the_programs_log_says_now_and_then_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    progress = Progress(100, lambda: now)
+    for done in range(0, 1000, 10):
+        progress.see(done, 1000)
+        now += 0.5
+    assert progress.building is None
+    assert [record.message for record in caplog.records] == [
+        f"The index is being built: {done} of 1,000 events." for done in (200, 400, 600, 800)
+    ]
+    progress.see(0, 1000)
+    assert len(caplog.records) == 4
+
+
+@pytest.mark.parametrize("gets_on", [True, False])
+async def test_a_lock_that_is_never_free(
+    path: Path, monkeypatch: pytest.MonkeyPatch, gets_on: bool
+) -> None:
+    """It is an error unless its holder does the work."""
+    log = mixed(1, 100)
+    index = make(log, path)
+    await index.audit(AuditQuery(None), 10)
+    extend = events.extend
+
+    def locked(*arguments: Any) -> bool:
+        if gets_on:
+            extend(*arguments)
+        holder = sqlite3.connect(path, isolation_level=None)
+        contender = sqlite3.connect(path, isolation_level=None, timeout=0)
+        holder.execute("begin immediate")
+        try:
+            contender.execute("begin immediate")
+        finally:
+            holder.close()
+            contender.close()
+        return True
+
+    monkeypatch.setattr(events, "extend", locked)
+    query = AuditQuery(None, limit=1000)
+    if gets_on:
+        assert await index.audit(query, 100) == scan(log, query, 100)
+    else:
+        with pytest.raises(IndexUnavailable, match="locked"):
+            await index.audit(query, 100)
     await index.close()
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import aiohttp
+import pytest
 from aiohttp.test_utils import RawTestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,11 +23,16 @@ from flowmason_secrets.core import times
 from flowmason_secrets.core.drafts import KeyDraft
 from flowmason_secrets.core.events import Event
 from flowmason_secrets.core.names import secret_id
+from flowmason_secrets.core.ports import Sources
 from flowmason_secrets.storage import wire
+from flowmason_secrets.storage.cache import CiphertextCache
 from flowmason_secrets.storage.durable import Durable
-from flowmason_secrets.storage.eventlog import HEADER_BYTES, segment_name
+from flowmason_secrets.storage.engine import Environment
+from flowmason_secrets.storage.eventlog import HEADER_BYTES, SegmentLimits, segment_name
+from flowmason_secrets.storage.files import FilesTail
+from flowmason_secrets.storage.published import Layout, Published
 
-from .conftest import MEMORY
+from .conftest import MEMORY, Client
 from .harness.operations import open_on
 from .harness.truth import key_file
 
@@ -245,3 +251,88 @@ async def ask_all(root: Path, block: int, asked: list[Question]) -> None:
         for session in sessions.values():
             await session.close()
         await service.close()
+
+
+async def test_a_summary_is_bounded(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = await client()
+    for name in ("A", "B", "C"):
+        await session.post("/api/v1/secrets", json={"name": name, "value": "v"})
+    for most, status in ((4, 200), (3, 422)):
+        monkeypatch.setattr(trail, "COUNTS", most)
+        # Three secrets, and the API key without a name that is one of theirs.
+        async with session.get(f"{AUDIT}/summary?by=name") as answer:
+            assert answer.status == status
+            if status == 422:
+                assert (await answer.json())["field"] == "bucket"
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [("by=seq", "by"), ("bucket=week", "bucket"), ("limit=1", "limit"), ("since=now", "since")],
+)
+async def test_a_summary_of_something_else(client: Client, query: str, field: str) -> None:
+    session = await client()
+    async with session.get(f"{AUDIT}/summary?{query}") as answer:
+        assert (answer.status, (await answer.json())["field"]) == (422, field)
+
+
+async def test_a_summary_needs_the_scope_of_the_audit_log(client: Client, data_dir: Path) -> None:
+    session = await client(scopes=("execute",))
+    async with session.get(f"{AUDIT}/summary") as answer:
+        assert answer.status == 403
+    last = lines_of(data_dir / "events")[-1]
+    assert (last["action"], last["outcome"]) == ("audit.read", "denied")
+
+
+async def test_the_readiness_check_says_how_far_the_index_is(tmp_path: Path) -> None:
+    root = tmp_path / "secrets"
+    key_file(root).touch(mode=0o600)
+    key_file(root).write_text("default")
+    write(root / "events", Log(1, 3000, 1000))
+    service = open_on(root, Durable(), block=8)
+    await service.recover()
+    service.start()
+    while service.building is None:
+        await asyncio.sleep(0)
+    seen: list[Line] = []
+    async with (
+        RawTestServer(Dispatcher(service)) as server,
+        aiohttp.ClientSession(server.make_url("/")) as session,
+    ):
+        while not seen or "keys" not in seen[-1]:
+            async with session.get("/readyz") as answer:
+                assert answer.status == 200
+                seen.append(await answer.json())
+    await service.close()
+    *building, done = seen
+    assert done == {
+        "status": "ready",
+        "keys": [{"key_id": "default", "secrets": 0, "state": "active"}],
+    }
+    assert building
+    assert all(one["index"]["indexed"] < one["index"]["events"] for one in building)
+    assert {frozenset(one) for one in building} == {frozenset(("status", "index"))}
+
+
+def tail_of(root: Path) -> FilesTail:
+    """A process's view of a data directory."""
+    layout, durable = Layout(root), Durable()
+    published = Published(layout, durable, lambda: "default")
+    sources = Sources(lambda: BEGIN, lambda: "id")
+    cache = CiphertextCache(1)
+    return FilesTail(Environment(layout, durable, published, cache, sources, SegmentLimits()))
+
+
+def test_one_process_at_a_time_claims_the_log(tmp_path: Path) -> None:
+    root = tmp_path / "secrets"
+    (root / "events").mkdir(parents=True)
+    one, two = tail_of(root), tail_of(root)
+    release = one.claim()
+    assert release is not None
+    assert two.claim() is None
+    assert one.claim() is None
+    release()
+    again = two.claim()
+    assert again is not None
+    assert one.claim() is None
+    again()

@@ -14,7 +14,7 @@ from .core.errors import SecretsError
 from .core.events import Event, Line, Receipt
 from .core.intents import Intent
 from .core.keyring import KeyNotHeld, KeyUsage, NotAuthentic, Plaintext
-from .core.ports import AuditQuery, Backend, Count, Grouping, ListQuery, Sources
+from .core.ports import AuditQuery, Backend, Building, Count, Grouping, ListQuery, Sources
 from .core.records import (
     DropSecret,
     Metadata,
@@ -230,6 +230,11 @@ class Service:
             ConfigurationError: they can't be read; those that are held stay.
         """
         await self._master.reload()
+
+    @property
+    def building(self) -> Building | None:
+        """How far the index is, while it is being built."""
+        return self._index.building
 
     def start(self) -> None:
         """Let the projections follow the log in the background."""

@@ -185,13 +185,18 @@ async def healthz(service: Service, call: Call) -> Answer:
 
 
 async def readyz(service: Service, call: Call) -> Answer:
-    """Values can be served; if not, why. And how many secrets are under each master key."""
+    """Values can be served; if not, why. And how many secrets are under each master key, or how far
+    the index is that knows it.
+    """
     reason = await service.ready()
     if reason is not None:
         return json_answer(shapes.Health("unavailable", reason), 503, {"Retry-After": "1"})
     keys = None
     # Values can be read without the index, and it may take a minute to be built.
-    with contextlib.suppress(TimeoutError, IndexUnavailable):
-        async with asyncio.timeout(_INDEX_SECONDS):
-            keys = shapes.key_counts(await service.key_usage())
-    return json_answer(shapes.Health("ready", keys=keys))
+    if service.building is None:
+        with contextlib.suppress(TimeoutError, IndexUnavailable):
+            async with asyncio.timeout(_INDEX_SECONDS):
+                keys = shapes.key_counts(await service.key_usage())
+    building = None if keys is not None else service.building
+    index = None if building is None else shapes.IndexBuilding(*building)
+    return json_answer(shapes.Health("ready", keys=keys, index=index))

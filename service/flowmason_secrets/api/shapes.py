@@ -145,15 +145,23 @@ class KeyCount(msgspec.Struct, frozen=True):
     state: KeyState
 
 
+class IndexBuilding(msgspec.Struct, frozen=True):
+    """The index is being built: `indexed` of so many `events` are in it."""
+
+    indexed: int
+    events: int
+
+
 class Health(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether the service is alive, or ready, and if not, why.
 
-    `keys` is not there while the index is being built.
+    While the index is being built, `index` says how far, and `keys` is not there.
     """
 
     status: str
     reason: str | None = None
     keys: list[KeyCount] | None = None
+    index: IndexBuilding | None = None
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,5 +1,6 @@
 """The target on this machine: the service itself, over the data directory."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from ..core.drafts import Draft, KeyDraft, Precondition
 from ..core.ports import AuditQuery, ListQuery
 from ..core.records import SecretMetadata
 from ..service import Service
+from . import progress
 from .target import Filters, OrganisationEntry, Stored
 
 # "All of them" of a listing.
@@ -103,7 +105,10 @@ async def opened(settings: Settings, org_id: str | None) -> AsyncIterator[LocalT
         LogUnavailable, LogDamaged: the data directory can't be used.
     """
     service = await app.open_service(settings)
+    watcher = asyncio.create_task(progress.watch(lambda: service.building))
     try:
         yield LocalTarget(service, org_id)
     finally:
+        watcher.cancel()
+        await asyncio.wait([watcher])
         await service.close()

@@ -28,6 +28,9 @@ def status(place: Place, as_json: bool) -> None:
 
 def _show(found: Health) -> None:
     output.note(found.status if found.reason is None else f"{found.status}: {found.reason}")
+    if found.index is not None:
+        built = f"{found.index.indexed:,} of {found.index.events:,} events"
+        output.note(f"The index is being built: {built}.")
     if found.keys is not None:
         rows = [(key.key_id, str(key.secrets), key.state) for key in found.keys]
         output.table(("Master key", "Secrets", "State"), rows)

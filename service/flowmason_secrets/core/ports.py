@@ -161,8 +161,20 @@ class Chunk(NamedTuple):
     data: bytes
 
 
+class Building(NamedTuple):
+    """An index that is being built: `indexed` of so many `events` are in it."""
+
+    indexed: int
+    events: int
+
+
 class Tail(Protocol):
     """What the projections are made from. Blocking: called in worker threads only."""
+
+    def claim(self) -> Callable[[], None] | None:
+        """Become the one process that follows the log: what is returned ends that, as does the end
+        of the process. None while another one is.
+        """
 
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """All lines with `start` <= seq < `stop`, in order, in chunks of about a mebibyte."""
@@ -215,8 +227,12 @@ class Index(Protocol):
         after `position` events or later. Secrets whose metadata can't be read are not counted.
         """
 
+    @property
+    def building(self) -> Building | None:
+        """How far it is, while much of the log is not in it yet."""
+
     def start(self) -> None:
-        """Follow the log in the background."""
+        """Follow the log in the background, unless another process does."""
 
     async def close(self) -> None:
         """Stop following."""

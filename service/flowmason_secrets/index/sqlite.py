@@ -18,10 +18,11 @@ import aiofiles.os
 from ..core.errors import IndexUnavailable, InvalidInput
 from ..core.events import Entry, Line
 from ..core.names import org_hash
-from ..core.ports import AuditQuery, Count, Grouping, ListQuery, Tail
+from ..core.ports import AuditQuery, Building, Count, Grouping, ListQuery, Tail
 from ..core.records import Metadata
 from . import audit, events, listing, summary
 from .database import Damaged, Database, Unsettled, is_damage, transaction, unwritten
+from .progress import Progress
 from .shelf import Open, Shelf
 from .terms import Terms
 
@@ -39,11 +40,15 @@ _SECRETS = 128
 _SCAN = 2048
 
 # The background works for at most so long without a pause, pauses thirty-nine times as long as
-# it worked, and for a while after an error. Seconds.
+# it worked (three times while it rebuilds), and for a while after an error. Seconds.
 _WORK = 0.05
 _PAUSE = 0.5
 _REST = 39
+_REST_REBUILDING = 3
 _AFTER_ERROR = 5.0
+
+# With more than so many blocks missing, the index counts as being built.
+_FAR = 8
 
 
 # SQLite keeps what it knows of locks per process, and a forked child inherits that: nobody forks
@@ -75,6 +80,8 @@ class SqliteIndex:
         self._block = block
         self._database = Database(path, remove, block, self._first_fill)
         self._opened: Open | None = None
+        self._rebuilding = False
+        self._progress = Progress(_FAR * block, time.monotonic)
         # One thread, because SQLite's work is serial anyway and its connection belongs to it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._follower: asyncio.Task[None] | None = None
@@ -178,8 +185,13 @@ class SqliteIndex:
             pass
         return counts
 
+    @property
+    def building(self) -> Building | None:
+        """How far it is, while much of the log is not in it yet."""
+        return self._progress.building
+
     def start(self) -> None:
-        """Follow the log in the background."""
+        """Follow the log in the background, unless another process does."""
         if self._follower is None:
             self._follower = asyncio.get_running_loop().create_task(self._follow())
 
@@ -196,26 +208,42 @@ class SqliteIndex:
         self._executor.shutdown(wait=False)
 
     async def _follow(self) -> None:
-        while True:
-            worked = 0.0
-            try:
-                more = True
-                while more and worked < _WORK:
-                    more, took = await self._hop(self._advance, keep=True)
-                    worked += took
-                pause = max(_PAUSE, _REST * worked)
-            except IndexUnavailable as error:
-                _LOG.warning("The index can't follow the log (%s); trying again.", error.reason)
-                pause = _AFTER_ERROR
-            except Exception:
-                _LOG.exception("The index can't follow the log; trying again.")
-                pause = _AFTER_ERROR
-            await asyncio.sleep(pause)
+        release: Callable[[], None] | None = None
+        try:
+            while True:
+                try:
+                    release = release or await self._run(self._tail.claim)
+                    pause = await self._work() if release else await self._hop(self._look)
+                except IndexUnavailable as error:
+                    _LOG.warning("The index can't follow the log (%s); trying again.", error.reason)
+                    pause = _AFTER_ERROR
+                except Exception:
+                    _LOG.exception("The index can't follow the log; trying again.")
+                    pause = _AFTER_ERROR
+                await asyncio.sleep(pause)
+        finally:
+            if release is not None:
+                release()
+
+    async def _work(self) -> float:
+        """Do some of what there is to do; how many seconds to pause then."""
+        worked, more = 0.0, True
+        while more and worked < _WORK:
+            more, took = await self._hop(self._advance, keep=True)
+            worked += took
+        rest = _REST_REBUILDING if self._rebuilding else _REST
+        return max(_PAUSE if not more else 0.0, rest * worked)
+
+    def _look(self, opened: Open) -> float:
+        """See how far the process is that follows the log; how many seconds to pause then."""
+        self._progress.see(events.state(opened.connection).position, self._position())
+        return _PAUSE
 
     def _advance(self, opened: Open) -> tuple[bool, float]:
         """One small step; whether there is more to do, and how many seconds it took."""
         began = time.perf_counter()
-        more = self._extend(opened, self._position(), _EVENTS) or listing.load(
+        most = self._block if self._rebuilding else _EVENTS
+        more = self._extend(opened, self._position(), most) or listing.load(
             opened.connection, self._tail, None, _SECRETS
         )
         return more, time.perf_counter() - began
@@ -234,10 +262,19 @@ class SqliteIndex:
         while (known := events.state(opened.connection)).position < position:
             self._check_open()
             behind = position - known.position
-            self._extend(opened, position, self._block if behind > self._block else _EVENTS)
+            try:
+                self._extend(opened, position, self._block if behind > self._block else _EVENTS)
+            except sqlite3.OperationalError as error:
+                # Another process held the lock all the time: well, if it does this work.
+                if is_damage(error) or events.state(opened.connection) == known:
+                    raise
 
     def _extend(self, opened: Open, stop: int, most: int) -> bool:
-        return events.extend(opened.terms, opened.connection, self._tail, stop, most)
+        more = events.extend(opened.terms, opened.connection, self._tail, stop, most)
+        known = events.state(opened.connection)
+        self._rebuilding = known.position < known.filled
+        self._progress.see(known.position, stop)
+        return more
 
     def _check_open(self) -> None:
         if self._closing:

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import fcntl
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import aiofiles.os
 
+from .. import forking
 from ..core.intents import Intent
 from ..core.names import secret_id
 from ..core.ports import Chunk, Verdict
@@ -142,6 +146,17 @@ class FilesTail:
         self._layout = environment.layout
         self._reader = ChunkReader(environment.layout.events)
         self._published = environment.published
+
+    def claim(self) -> Callable[[], None] | None:
+        """See `Tail.claim`. # format §8"""
+        descriptor = os.open(self._layout.events, os.O_RDONLY | os.O_CLOEXEC)
+        forking.close_in_children(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            forking.close(descriptor)
+            return None
+        return partial(forking.close, descriptor)
 
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """See `Tail.chunks`."""

@@ -1,6 +1,6 @@
 """The memory store: for tests, and as the shortest description of what a store does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..core import times
 from ..core.errors import LogDamaged
@@ -97,6 +97,10 @@ class MemoryStore:
 
     async def close(self) -> None:
         """See `Store.close`."""
+
+    def claim(self) -> Callable[[], None] | None:
+        """See `Tail.claim`. There is only this process."""
+        return lambda: None
 
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """See `Tail.chunks`."""
