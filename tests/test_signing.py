@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -655,6 +656,24 @@ async def test_it_goes_on_after_an_error(data_dir: Path, monkeypatch: pytest.Mon
     await all_signed(data_dir)
     await service.close()
     check_signed(data_dir, key_of(data_dir))
+
+
+async def test_the_verifier_key_is_printed(data_dir: Path, service: Service) -> None:
+    async def printed() -> tuple[int | None, str, str]:
+        command = ("-m", "flowmason_secrets", "log", "key", f"--data-dir={data_dir}")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        out, err = await process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    code, out, err = await printed()
+    assert (code, out) == (1, "")
+    assert f"no signing key {key_of(data_dir)} yet" in err
+    await write(service, 1)
+    await sign(service)
+    vkey = verifier_of(key_of(data_dir)).encode()
+    assert await printed() == (0, f"{vkey}\n", "")
 
 
 def test_the_key_is_made_once(tmp_path: Path) -> None:
