@@ -1,7 +1,6 @@
 """The tree of the log: its tiles on disk, and what a server gives to those who verify."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,13 +21,11 @@ from flowmason_secrets.storage import eventlog
 from flowmason_secrets.storage.durable import Durable
 from flowmason_secrets.storage.eventlog import ChunkReader
 from flowmason_secrets.storage.published import Layout
-from flowmason_secrets.storage.signedtree import FilesTree
-from flowmason_secrets.storage.signing import SigningKey
 from flowmason_secrets.storage.tree import TileFiles
 
 from .conftest import Client
 from .harness.golang import go_verify
-from .harness.signed import key_of, newest, raw_lines, sign, verifier_of
+from .harness.signed import key_of, newest, raw_lines, sign, tree_of, verifier_of
 from .harness.trees import mth
 
 LOG = "/api/v1/log"
@@ -105,12 +102,6 @@ async def test_a_line_is_found_wherever_it_is(
 
 
 # --- proofs -----------------------------------------------------------------------------------
-
-
-def tree_of(data_dir: Path) -> FilesTree:
-    """The tree as another process has it."""
-    key = SigningKey(key_of(data_dir), Durable())
-    return FilesTree(Layout(data_dir), Durable(), key, time.time)
 
 
 def check_proof(data_dir: Path, seq: int) -> None:

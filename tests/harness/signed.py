@@ -1,6 +1,7 @@
 """What was signed of a log, read the plain way."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from flowmason_secrets.core.checkpoint import Checkpoint
 from flowmason_secrets.core.merkle import Frontier
 from flowmason_secrets.core.note import Signer, Verifier
 from flowmason_secrets.service import Service
+from flowmason_secrets.storage.durable import Durable
+from flowmason_secrets.storage.published import Layout
+from flowmason_secrets.storage.signedtree import FilesTree
+from flowmason_secrets.storage.signing import SigningKey
 
 from .load import read_log
 
@@ -32,6 +37,12 @@ async def sign(service: Service) -> None:
     """Sign the log as it is now, as a server does once a second."""
     await service.signer.open()
     await service.signer.sign()
+
+
+def tree_of(data_dir: Path, disk: Durable | None = None) -> FilesTree:
+    """The tree of a data directory as another process has it."""
+    disk = disk or Durable()
+    return FilesTree(Layout(data_dir), disk, SigningKey(key_of(data_dir), disk), time.time)
 
 
 def raw_lines(data_dir: Path) -> list[bytes]:
