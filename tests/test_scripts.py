@@ -275,7 +275,7 @@ def test_bench_without_wrk_says_how_to_get_it(tmp_path: Path) -> None:
 
 
 def test_the_scripts_are_there() -> None:
-    assert [path.name for path in COMMANDS] == ["bench", "check", "serve", "test"]
+    assert [path.name for path in COMMANDS] == ["bench", "bench-log", "check", "serve", "test"]
 
 
 @pytest.mark.parametrize("path", [*COMMANDS, ROOT / ".ci" / "run"], ids=lambda path: path.name)

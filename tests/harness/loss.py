@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import threading
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +23,8 @@ class Volatile(Medium):
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        # Of two syncs at once, the one that looked first must not have the last word.
+        self._syncing = threading.Lock()
         # Holding a file open keeps its inode from being given to another one.
         self._held: dict[int, int] = {}
         self._content: dict[int, bytes] = {}
@@ -32,6 +35,10 @@ class Volatile(Medium):
         """Do the call, and remember what it made durable."""
         if call.name not in SYNCS:
             return call.do()
+        with self._syncing:
+            return self._sync(call)
+
+    def _sync(self, call: Call) -> Any:
         descriptor = call.arguments[0]
         path = f"/proc/self/fd/{descriptor}"
         # As it was before: what another thread writes meanwhile is not covered.
