@@ -206,7 +206,7 @@ def ours(cores: set[int]) -> Iterator[tuple[Target, str]]:
             capture_output=True,
             text=True,
         ).stdout.strip()
-        serve = [*program, "serve", "--port=0", f"--workers={len(cores)}"]
+        serve = [*program, "serve", "--port=0", "--workers=0"]
         target = Target("the service", serve, cores, **environment)
         try:
             for number in range(SECRETS):

@@ -214,9 +214,16 @@ async def test_it_is_ready_when_all_workers_are(data_dir: Path) -> None:
 
 async def test_as_many_as_cores(data_dir: Path) -> None:
     async with serving(data_dir, FLOWMASON_SECRETS_WORKERS="0") as server:
-        cores = supervisor.cores()
+        places = supervisor.places(0)
         # Alone, a worker needs no supervisor.
-        assert len(workers(server)) == (cores if cores > 1 else 0)
+        process = server.process
+        assert process is not None
+        there = workers(server) or [process.pid]
+        if sys.platform == "linux":
+            # Each has a core, all of it, and its successor has it again.
+            assert sorted(map(os.sched_getaffinity, there), key=min) == [{core} for core in places]
+        else:
+            assert len(there) == len(places)
     async with serving(data_dir, "--workers=1", FLOWMASON_SECRETS_WORKERS="2") as server:
         assert workers(server) == []
 

@@ -73,7 +73,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "DIR": ("data_dir", "The data directory."),
     "HOST": ("host", "The address to listen on."),
     "PORT": ("port", "The TCP port to listen on."),
-    "WORKERS": ("workers", "How many processes serve; 0 is one per core."),
+    "WORKERS": ("workers", "How many processes serve; 0 is one for each core, bound to it."),
     "CACHE_BYTES": ("cache_bytes", "How much encrypted data each process keeps in memory."),
     "SEGMENT_BYTES": ("segment_bytes", "At which size a segment of the event log is sealed."),
     "SEGMENT_AGE": ("segment_age", "At which age, in seconds, a segment is sealed."),

@@ -12,7 +12,7 @@ import select
 import signal
 import time
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -29,11 +29,16 @@ STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
 SIGNALS = STOPPING | {signal.SIGHUP}
 
 
-def cores() -> int:
-    """How many cores this process may use."""
+def places(count: int) -> Sequence[int | None]:
+    """The core that each of `count` workers is bound to, None if the system is to decide. For 0
+    there is one for each core that this process may use, bound to it: so each has a core of its
+    own, and its caches stay warm.
+    """
+    if count:
+        return [None] * count
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return [None] * (os.cpu_count() or 1)
 
 
 class Worker:
@@ -68,6 +73,7 @@ class _Slot:
     """One of the workers, and those that take its place. Times are those of `time.monotonic`."""
 
     number: int
+    core: int | None
     pid: int | None = None
     status: int = -1
     # Since when it answers, how many lives in a row were short, and when the next one begins.
@@ -93,14 +99,19 @@ class _Slot:
 
 
 class Supervisor:
-    """`ready` is called when all workers answer for the first time, `release` before they have to
-    end. Those that then take longer than `patience`, in seconds, are killed.
+    """One worker for each of `places`. `ready` is called when all of them answer for the first
+    time, `release` before they have to end. Those that then take longer than `patience`, in
+    seconds, are killed.
     """
 
     def __init__(
-        self, count: int, ready: Callable[[], None], release: Callable[[], None], patience: float
+        self,
+        places: Sequence[int | None],
+        ready: Callable[[], None],
+        release: Callable[[], None],
+        patience: float,
     ) -> None:
-        self._slots = [_Slot(number) for number in range(1, count + 1)]
+        self._slots = [_Slot(number, core) for number, core in enumerate(places, 1)]
         self._ready = ready
         self._release = release
         self._patience = patience
@@ -151,6 +162,10 @@ class Supervisor:
         slot.pid = os.fork()
         if slot.pid == 0:
             os.close(status)
+            if slot.core is not None:
+                # It may have been taken away since: anywhere else will do.
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(0, {slot.core})
             return Worker(its, lifeline)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(its)

@@ -71,7 +71,7 @@ class _ServeCommand(click.Command):
     "--workers",
     type=click.IntRange(0, config.MOST["workers"]),
     show_default=str(_DEFAULTS.workers),
-    help="How many processes serve; 0 is one per core.",
+    help="How many processes serve; 0 is one for each core, bound to it.",
 )
 @click.option("--production", is_flag=True, help="Refuse to start without a strong master key.")
 def serve(
@@ -121,11 +121,11 @@ def _run(settings: config.Settings, address: "Address") -> int:
     def announce() -> None:
         click.echo(f"flowmason-secrets is ready on {address.url}")
 
-    count = settings.workers or supervisor.cores()
-    if count == 1:
+    places = supervisor.places(settings.workers)
+    if len(places) == 1:
         serving.run(_serve(settings, address, announce, None))
         return 0
-    role = supervisor.Supervisor(count, announce, address.close, serving.PATIENCE).run()
+    role = supervisor.Supervisor(places, announce, address.close, serving.PATIENCE).run()
     if isinstance(role, int):
         return role
     serving.run(_serve(settings, address, role.ready, role))
