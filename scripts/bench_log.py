@@ -24,7 +24,7 @@ import aiohttp
 import loggen
 
 from flowmason_secrets import app
-from flowmason_secrets.api.handlers import BUCKETS, GROUPS
+from flowmason_secrets.api.trail import BUCKETS, GROUPS
 from flowmason_secrets.config import Settings
 from flowmason_secrets.core.drafts import Draft, KeyDraft
 from flowmason_secrets.core.keyring import Plaintext

@@ -680,6 +680,35 @@ async def test_it_follows_in_the_background(path: Path, monkeypatch: pytest.Monk
     await index.close()
 
 
+async def test_it_hurries_when_it_is_far_behind(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_WORK", 1e-9)
+    # After one step at its usual pace, it would rest for longer than this test takes.
+    monkeypatch.setattr(sqlite, "_REST", 1_000_000)
+    monkeypatch.setattr(sqlite, "_REST_IN_HURRY", 0)
+    monkeypatch.setattr(sqlite, "_EVENTS", 8)
+    log, block = mixed(1, 50), 16
+    far = sqlite._TOO_FAR * block
+    index = make(log, path, block)
+    await check(log, index)
+    for _ in range(far + 300):
+        log.append("secret.read", org=ORGS[0], name="busy")
+    index.start()
+
+    async def until_near() -> int:
+        while True:
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                (at,) = database.execute("select position from state").fetchone()
+            if log.position() - at <= far:
+                return int(at)
+            await asyncio.sleep(0.005)
+
+    near = await asyncio.wait_for(until_near(), 20)
+    assert near < log.position()
+    await index.close()
+
+
 class Reader:
     """A process's view of a log; counts how often it was read."""
 

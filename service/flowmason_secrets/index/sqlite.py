@@ -40,15 +40,17 @@ _SECRETS = 128
 _SCAN = 2048
 
 # The background works for at most so long without a pause, pauses thirty-nine times as long as
-# it worked (three times while it rebuilds), and for a while after an error. Seconds.
+# it worked (three times while it is in a hurry), and for a while after an error. Seconds.
 _WORK = 0.05
 _PAUSE = 0.5
 _REST = 39
-_REST_REBUILDING = 3
+_REST_IN_HURRY = 3
 _AFTER_ERROR = 5.0
 
-# With more than so many blocks missing, the index counts as being built.
+# With more than so many blocks missing, the index counts as being built; with more than so many, it
+# is in a hurry: whoever asks next waits until nothing is missing.
 _FAR = 8
+_TOO_FAR = 32
 
 
 # SQLite keeps what it knows of locks per process, and a forked child inherits that: nobody forks
@@ -80,7 +82,7 @@ class SqliteIndex:
         self._block = block
         self._database = Database(path, remove, block, self._first_fill)
         self._opened: Open | None = None
-        self._rebuilding = False
+        self._hurry = False
         self._progress = Progress(_FAR * block, time.monotonic)
         # One thread, because SQLite's work is serial anyway and its connection belongs to it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="index")
@@ -231,7 +233,7 @@ class SqliteIndex:
         while more and worked < _WORK:
             more, took = await self._hop(self._advance, keep=True)
             worked += took
-        rest = _REST_REBUILDING if self._rebuilding else _REST
+        rest = _REST_IN_HURRY if self._hurry else _REST
         return max(_PAUSE if not more else 0.0, rest * worked)
 
     def _look(self, opened: Open) -> float:
@@ -242,7 +244,7 @@ class SqliteIndex:
     def _advance(self, opened: Open) -> tuple[bool, float]:
         """One small step; whether there is more to do, and how many seconds it took."""
         began = time.perf_counter()
-        most = self._block if self._rebuilding else _EVENTS
+        most = self._block if self._hurry else _EVENTS
         more = self._extend(opened, self._position(), most) or listing.load(
             opened.connection, self._tail, None, _SECRETS
         )
@@ -272,7 +274,8 @@ class SqliteIndex:
     def _extend(self, opened: Open, stop: int, most: int) -> bool:
         more = events.extend(opened.terms, opened.connection, self._tail, stop, most)
         known = events.state(opened.connection)
-        self._rebuilding = known.position < known.filled
+        far = stop - known.position > _TOO_FAR * self._block
+        self._hurry = far or known.position < known.filled
         self._progress.see(known.position, stop)
         return more
 
