@@ -52,7 +52,7 @@ class Service:
         self._master = master
         self._clock, self._new_id = sources
         self.gate = Gate(store, queue_limit)
-        self.signer = LogSigner(backend.tree, store, self.gate, sources)
+        self.signer = LogSigner(backend, self.gate, sources)
         self.authentication = Authentication(store, sources.clock)
         self.failures = Failures(self.gate, sources.new_id)
         self._path = Path(store, self.gate, self.authentication, master, sources.new_id)

@@ -13,7 +13,9 @@ from flowmason_secrets.core.drafts import Draft, KeyDraft
 from flowmason_secrets.core.events import Ids
 from flowmason_secrets.core.keyring import Keyring, Plaintext
 from flowmason_secrets.core.names import org_hash, secret_hash
+from flowmason_secrets.core.note import Signature
 from flowmason_secrets.core.ports import Backend, Sources
+from flowmason_secrets.core.witness import WitnessState
 from flowmason_secrets.index.sqlite import SqliteIndex
 from flowmason_secrets.masterkeys import MasterKeys
 from flowmason_secrets.service import Service
@@ -181,6 +183,17 @@ async def read_and_sign(service: Service, truth: Truth) -> None:
     await sign(service)
 
 
+async def cosign(service: Service, truth: Truth) -> None:
+    """Sign the log, and keep what a witness has added, now and once more."""
+    await read_and_sign(service, truth)
+    tree = service.signer._tree
+    signed = tree.newest()
+    assert signed is not None
+    for at in (1, 2):
+        tree.cosign(signed, [Signature("witness.example/w1", bytes(4), bytes([at]) * 72)])
+        tree.record_witnesses([WitnessState("witness.example/w1", at)])
+
+
 update = put("OLD", "a new value, longer than the one before " * 9)
 
 # --- where it begins ------------------------------------------------------------------------
@@ -306,6 +319,7 @@ OPERATIONS: dict[str, Operation] = {
     "old master key retired": Operation(retire, rotated),
     "signing step": Operation(read_and_sign, signed),
     "signing step, new segment": Operation(read_and_sign, signed, segment=1),
+    "cosigning step": Operation(cosign, signed),
     "opening what anybody may read": Operation(read, loose),
     "first start": Operation(put("OLD", "first"), empty),
 }

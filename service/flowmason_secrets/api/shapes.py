@@ -12,6 +12,7 @@ from ..core.keyring import KeyState, KeyUsage
 from ..core.names import MAX_DESCRIPTION, MAX_LABEL, MAX_NAME
 from ..core.ports import Count
 from ..core.records import ApiKey
+from ..core.witness import WitnessState
 
 Category = Literal["api_key", "token", "credential", "other"]
 Scope = Literal["full", "read", "execute", "deploy"]
@@ -152,6 +153,18 @@ class IndexBuilding(msgspec.Struct, frozen=True):
     events: int
 
 
+class WitnessHealth(msgspec.Struct, frozen=True):
+    """How it stands with a witness of the log: up to which size, in events, it has cosigned it, and
+    when (by its own clock). `error` says why it has not cosigned anything since `since`.
+    """
+
+    name: str
+    size: int
+    cosigned_at: str | None
+    error: str | None
+    since: str | None
+
+
 class Health(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether the service is alive, or ready, and if not, why.
 
@@ -162,6 +175,7 @@ class Health(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str | None = None
     keys: list[KeyCount] | None = None
     index: IndexBuilding | None = None
+    witnesses: list[WitnessHealth] | None = None
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -216,6 +230,20 @@ def audit_summary(by: str, bucket: str, counts: Sequence[Count]) -> AuditSummary
 def key_counts(usage: Sequence[KeyUsage]) -> list[KeyCount]:
     """The wire form of what is under which master key."""
     return [KeyCount(*one) for one in usage]
+
+
+def witnesses_out(states: Sequence[WitnessState]) -> list[WitnessHealth] | None:
+    """The wire form of how it stands with the witnesses; None if there are none."""
+    return [
+        WitnessHealth(
+            one.name,
+            one.size,
+            times.render(one.cosigned_at) if one.size else None,
+            one.error,
+            None if one.since is None else times.render(one.since),
+        )
+        for one in states
+    ] or None
 
 
 def api_key_out(key: ApiKey, now: float) -> ApiKeyOut:
