@@ -61,6 +61,7 @@ async def open_service(
         cache=CiphertextCache(settings.cache_bytes),
         sources=sources,
         limits=SegmentLimits(settings.segment_bytes, settings.segment_age),
+        reserve_bytes=settings.reserve_bytes,
     )
     store = FilesStore(environment)
     index = SqliteIndex(
@@ -68,7 +69,8 @@ async def open_service(
     )
     master = MasterKeys(keyring, source, lambda: store.position)
     tree = FilesTree(layout, durable, SigningKey(settings.signing_key, durable), sources.clock)
-    service = Service(Backend(store, index, tree, links), master, sources, settings.queue_limit)
+    backend = Backend(store, index, tree, links)
+    service = Service(backend, master, sources, settings.queue_limit, settings.free_space_warning)
     try:
         await service.recover()
         if signs:

@@ -46,6 +46,8 @@ class Settings:
     write_timeout: float = 30.0
     keepalive_timeout: float = 75.0
     signing_key_file: Path | None = None
+    free_space_warning: int = 1 << 30
+    reserve_bytes: int = 64 << 20
     witnesses: tuple[str, ...] = ()
     witness_keys: tuple[str, ...] = ()
 
@@ -104,6 +106,15 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "The file of the key that signs the log, mode 0600; made when the log is first signed. "
         f"Without it: the systemd credential {CREDENTIAL}, if there is one, or a file beside the "
         "data directory, named like it, with -signing.key at its end.",
+    ),
+    "FREE_SPACE_WARNING": (
+        "free_space_warning",
+        "Below how many free bytes on the disk of the data directory a server warns; 0: never.",
+    ),
+    "RESERVE_BYTES": (
+        "reserve_bytes",
+        "How much room a server keeps for refusals, deletions and operators when the disk is full; "
+        "0: none.",
     ),
     "WITNESS": (
         "witnesses",

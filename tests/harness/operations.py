@@ -30,6 +30,7 @@ from flowmason_secrets.storage.published import Layout, Published
 from flowmason_secrets.storage.signedtree import FilesTree
 from flowmason_secrets.storage.signing import SigningKey
 
+from .faults import no_space
 from .signed import sign
 from .truth import (
     CALLER,
@@ -45,6 +46,7 @@ from .truth import (
 )
 
 WHOLE = 64 << 20
+RESERVE = 1 << 16
 
 IDS = Ids(time.time, os.urandom)
 OLD_KEY, NEW_KEY = f"{MARK}: the old master key", f"{MARK}: the new master key"
@@ -63,6 +65,7 @@ def open_on(root: Path, durable: Durable, segment: int = WHOLE, block: int = 327
         cache=CiphertextCache(1 << 20),
         sources=sources,
         limits=SegmentLimits(segment),
+        reserve_bytes=RESERVE,
     )
     store = FilesStore(environment)
     index = SqliteIndex(
@@ -194,6 +197,26 @@ async def cosign(service: Service, truth: Truth) -> None:
         tree.record_witnesses([WitnessState("witness.example/w1", at)])
 
 
+async def use_reserve(service: Service, truth: Truth) -> None:
+    """Make the reserve, use it for a deletion, and fill it again for a change."""
+    store = service.space._store
+    assert isinstance(store, FilesStore)
+    await store.watch()
+    store._reserve.release(no_space())
+    await drop("OLD")(service, truth)
+    await put("NEW", "new")(service, truth)
+
+
+async def with_reserve(root: Path) -> Truth:
+    """A server has made the reserve."""
+    truth = await settled(root)
+    service = open_on(root, Durable())
+    assert await service.space._store.watch()
+    await service.close()
+    assert (root / "reserve").stat().st_size == RESERVE
+    return truth
+
+
 update = put("OLD", "a new value, longer than the one before " * 9)
 
 # --- where it begins ------------------------------------------------------------------------
@@ -320,6 +343,9 @@ OPERATIONS: dict[str, Operation] = {
     "signing step": Operation(read_and_sign, signed),
     "signing step, new segment": Operation(read_and_sign, signed, segment=1),
     "cosigning step": Operation(cosign, signed),
+    "reserve used and filled again": Operation(use_reserve),
+    "update with a reserve": Operation(update, with_reserve),
+    "delete with a reserve, new segment": Operation(drop("OLD"), with_reserve, segment=1),
     "opening what anybody may read": Operation(read, loose),
     "first start": Operation(put("OLD", "first"), empty),
 }

@@ -190,12 +190,13 @@ async def healthz(service: Service, call: Call) -> Answer:
 
 
 async def readyz(service: Service, call: Call) -> Answer:
-    """Values can be served; if not, why. How many secrets are under each master key, or how far the
-    index is that knows it. And how it stands with the witnesses of the log.
+    """Values can be served; if not, why; and what may soon prevent it. How many secrets are under
+    each master key, or how far the index is that knows it. How it stands with the witnesses.
     """
     reason = await service.ready()
     if reason is not None:
         return json_answer(shapes.Health("unavailable", reason), 503, {"Retry-After": "1"})
+    warnings = await service.space.warnings()
     keys = None
     # Values can be read without the index, and it may take a minute to be built.
     if service.building is None:
@@ -205,4 +206,4 @@ async def readyz(service: Service, call: Call) -> Answer:
     building = None if keys is not None else service.building
     index = None if building is None else shapes.IndexBuilding(*building)
     witnesses = shapes.witnesses_out(await service.trail.witnesses())
-    return json_answer(shapes.Health("ready", keys=keys, index=index, witnesses=witnesses))
+    return json_answer(shapes.ready(warnings, keys, index, witnesses))

@@ -166,7 +166,8 @@ class WitnessHealth(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Whether the service is alive, or ready, and if not, why.
+    """Whether the service is `alive`, or `ready`; with `warnings` it is `warning`: ready, but not
+    for long if nobody sees to them. If it is `unavailable`, there is a reason.
 
     While the index is being built, `index` says how far, and `keys` is not there.
     """
@@ -176,6 +177,7 @@ class Health(msgspec.Struct, frozen=True, omit_defaults=True):
     keys: list[KeyCount] | None = None
     index: IndexBuilding | None = None
     witnesses: list[WitnessHealth] | None = None
+    warnings: list[str] | None = None
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -230,6 +232,17 @@ def audit_summary(by: str, bucket: str, counts: Sequence[Count]) -> AuditSummary
 def key_counts(usage: Sequence[KeyUsage]) -> list[KeyCount]:
     """The wire form of what is under which master key."""
     return [KeyCount(*one) for one in usage]
+
+
+def ready(
+    warnings: list[str],
+    keys: list[KeyCount] | None,
+    index: IndexBuilding | None,
+    witnesses: list[WitnessHealth] | None,
+) -> Health:
+    """Ready, with or without warnings."""
+    status = "warning" if warnings else "ready"
+    return Health(status, None, keys, index, witnesses, warnings or None)
 
 
 def witnesses_out(states: Sequence[WitnessState]) -> list[WitnessHealth] | None:

@@ -92,7 +92,8 @@ class LocalTarget:
             return shapes.Health("unavailable", reason)
         keys = shapes.key_counts(await self._service.key_usage())
         witnesses = shapes.witnesses_out(await self._service.trail.witnesses())
-        return shapes.Health("ready", keys=keys, witnesses=witnesses)
+        warnings = await self._service.space.warnings()
+        return shapes.ready(warnings, keys, None, witnesses)
 
     async def revoke_key(self, key_id: str) -> shapes.Message:
         await self._service.keys.revoke(self._caller, key_id)

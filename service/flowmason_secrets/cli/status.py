@@ -23,12 +23,14 @@ def status(place: Place, as_json: bool) -> None:
         output.document(found)
     else:
         _show(found)
-    if found.status != "ready":
+    if found.status == "unavailable":
         raise click.exceptions.Exit(1)
 
 
 def _show(found: Health) -> None:
     output.note(found.status if found.reason is None else f"{found.status}: {found.reason}")
+    for warning in found.warnings or ():
+        output.note(warning)
     if found.index is not None:
         built = f"{found.index.indexed:,} of {found.index.events:,} events"
         output.note(f"The index is being built: {built}.")

@@ -33,6 +33,15 @@ STALE = Stale()
 Verdict = Receipt | Stale | SecretsError | None
 
 
+class Space(NamedTuple):
+    """Room on the disk, in bytes: how much is `free`, and how large the reserve would have to be
+    that is `missing`.
+    """
+
+    free: int
+    missing: int
+
+
 class Store(Protocol):
     """What holds secrets, API keys and the event log."""
 
@@ -86,6 +95,21 @@ class Store(Protocol):
 
         Raises:
             LogUnavailable: there is none.
+        """
+
+    async def space(self) -> Space:
+        """How much room there is.
+
+        Raises:
+            LogUnavailable: it can't be found out.
+        """
+
+    async def watch(self) -> bool:
+        """Whether this process is the one of those that serve that watches the room; it becomes
+        that if nobody is. Then it also keeps the reserve, as far as there is room.
+
+        Raises:
+            LogUnavailable: the reserve can't be made.
         """
 
     async def close(self) -> None:

@@ -46,6 +46,8 @@ class Layout:
         self.checkpoints = root / "checkpoints.ndjson"
         self.cosigned = root / "checkpoint.cosigned"
         self.witnesses = root / "witnesses.json"
+        self.reserve = root / "reserve"
+        self.reserve_in_use = root / "reserve.in-use"
         # Of whatever the process that signs replaces: its next checkpoint clears it away.
         self.signing_draft = root / "checkpoint.tmp"
         self.signing_lock = root / "signing.lock"
