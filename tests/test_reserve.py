@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from flowmason_secrets.service import Service
 from flowmason_secrets.storage.durable import Durable
 
 from .harness.disk import FileSizeLimit, SmallFileSystem
-from .harness.faults import Faulty, no_space
+from .harness.faults import Call, Failing, Watched, no_space
 from .harness.load import Grown, check_pairs, read_log
 from .harness.server import MASTER_KEY, ServerProcess, issue_key, serving, session, settings_for
 from .harness.signed import until
@@ -253,24 +254,47 @@ async def test_a_limit_is_no_full_disk(tmp_path: Path) -> None:
         assert (await ask(client, "GET", f"{SECRETS}/TOKEN")).status == 200
 
 
-async def test_what_may_be_in_the_log_is_not_written_twice(data_dir: Path) -> None:
+async def test_what_may_be_in_the_log_is_not_written_twice(tmp_path: Path) -> None:
     """The disk gets full when whole lines are synced: nobody knows whether they stay."""
-    broken = Faulty({"sync"}, no_space)
-    settings = settings_for(data_dir, reserve_bytes=MIB)
-    service = await app.open_service(settings, broken)
-    await service.set(ACME, Draft("A", Plaintext(VALUE)))
-    await service.space._store.watch()
-    broken.broken = True
-    with pytest.raises(LogUnavailable):
-        await service.delete(ACME, "MISSING")
-    broken.broken = False
-    assert reserve(data_dir) == ("reserve.in-use", 0)
-    with pytest.raises(LookupError):
-        await service.delete(ACME, "MISSING")
-    await service.get(ACME, "A")
-    await service.close()
-    ids = [line["id"] for line in read_log(data_dir)]
-    assert len(ids) == len(set(ids)) == 5
+    sound = Watched()
+    await delete_with_reserve(tmp_path / "sound" / "data", sound)
+    staged, logged = (call.number for call in sound.calls if call.name == "fdatasync")
+    for number, deleted in ((staged, True), (logged, False)):
+        data_dir = tmp_path / str(number) / "data"
+        disk = Failing(number, full_after, lasting=False)
+        disk.broken = False
+        if deleted:
+            # Nothing was in the log: the reserve has room.
+            await delete_with_reserve(data_dir, disk)
+        else:
+            with pytest.raises(LogUnavailable):
+                await delete_with_reserve(data_dir, disk)
+        assert (disk.failed, reserve(data_dir)[0]) == (1, "reserve.in-use")
+        ids = [line["id"] for line in read_log(data_dir)]
+        assert len(ids) == len(set(ids)) == 3
+        check_pairs(data_dir)
+
+
+def full_after(call: Call) -> Any:
+    call.do()
+    raise no_space()
+
+
+async def delete_with_reserve(data_dir: Path, disk: Watched) -> None:
+    """Delete a secret on this disk, where a server has made the reserve."""
+    async with watching(data_dir, reserve_bytes=MIB) as service:
+        await service.set(ACME, Draft("A", Plaintext(VALUE)))
+    service = await app.open_service(settings_for(data_dir, reserve_bytes=MIB), disk)
+    try:
+        disk.calls.clear()
+        disk.numbers = itertools.count()
+        if isinstance(disk, Failing):
+            disk.broken = True
+        await service.delete(ACME, "A")
+    finally:
+        calls = list(disk.calls)
+        await service.close()
+        disk.calls[:] = calls
 
 
 # --- the reserve itself -------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import aiofiles.os
 
 from .attempts import Path
 from .core.access import FULL, READ, Caller
-from .core.errors import CheckpointPending, EventNotFound, TileNotFound
+from .core.errors import CheckpointPending, EventNotFound, NotCosigned, TileNotFound
 from .core.ports import AuditQuery, Backend
 from .core.tiles import Tile
 from .core.witness import WitnessState
@@ -40,12 +40,12 @@ class Trail:
         published.
 
         Raises:
-            CheckpointPending: there is none yet.
+            CheckpointPending, NotCosigned: there is none yet.
         """
         await self._path.barrier(caller)
         note = await self._run(partial(self._tree.newest, cosigned=cosigned))
         if note is None:
-            raise CheckpointPending
+            raise NotCosigned if cosigned else CheckpointPending
         return note
 
     async def tile(self, caller: Caller, tile: Tile) -> bytes:
@@ -73,6 +73,7 @@ class Trail:
             Denied: recorded in the log.
             EventNotFound: it is of another organisation, or not there.
             CheckpointPending: no checkpoint covers it after two seconds.
+            NotCosigned: there is no cosigned checkpoint at all.
             LogDamaged: the log is not the one that was signed.
         """
         position = await self._path.permit(
@@ -88,6 +89,8 @@ class Trail:
             if proof is not None:
                 return proof
             await asyncio.sleep(_LOOK_EVERY)
+        if cosigned and await self._run(partial(self._tree.newest, cosigned=True)) is None:
+            raise NotCosigned
         raise CheckpointPending
 
     def close(self) -> None:

@@ -247,7 +247,7 @@ ROUTES: tuple[Route, ...] = (
         handlers.get_checkpoint,
         SCOPES,
         {200: str},
-        (400, 401, 422, 503),
+        (400, 401, 404, 422, 503),
         query=_COSIGNED,
         media=("text/plain",),
     ),
