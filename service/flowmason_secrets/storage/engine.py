@@ -241,10 +241,11 @@ class Engine:
         self, batch: Sequence[Intent], log: EventLog, lock: int
     ) -> list[Verdict]:
         """Commit all of it; or without what is ordinary, as long as the reserve is in use."""
-        asked = any(ordinary(intent.event) for intent in batch)
-        if asked and self._reserve.in_use() and not self._reserve.refill():
-            return self._commit_without_ordinary(batch, log, lock)
-        return self._commit(batch, log, lock)
+        if not self._reserve.in_use():
+            return self._commit(batch, log, lock)
+        if any(ordinary(intent.event) for intent in batch) and self._reserve.refill():
+            return self._commit(batch, log, lock)
+        return self._commit_without_ordinary(batch, log, lock)
 
     def _commit_without_ordinary(
         self, batch: Sequence[Intent], log: EventLog, lock: int
