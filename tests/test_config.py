@@ -55,6 +55,10 @@ SAID: dict[str, tuple[str, Any]] = {
     "WRITE_TIMEOUT": ("4", 4.0),
     "KEEPALIVE_TIMEOUT": ("10", 10.0),
     "SIGNING_KEY_FILE": ("/etc/signing.key", Path("/etc/signing.key")),
+    "FREE_SPACE_WARNING": ("5000000000", 5000000000),
+    "RESERVE_BYTES": ("0", 0),
+    "WITNESS": ("https://w.example/a http://[::1]:1", ("https://w.example/a", "http://[::1]:1")),
+    "WITNESS_KEY": ("one two", ("one", "two")),
 }
 
 

@@ -45,9 +45,9 @@ WHOAMI = "/api/v1/auth/whoami"
 ADVICE = ("Make room", "try again", "by itself")
 
 
-def make_small_file_system(place: Path) -> SmallFileSystem:
+def make_small_file_system(place: Path, size: int = 16 << 20) -> SmallFileSystem:
     try:
-        return SmallFileSystem(place)
+        return SmallFileSystem(place, size)
     except PermissionError as error:
         if os.environ.get("CI") == "true":
             raise

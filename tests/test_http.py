@@ -1021,6 +1021,7 @@ RAISED: list[tuple[errors.SecretsError, int, str, dict[str, object], dict[str, s
     (errors.ApiKeyNotFound("k"), 404, "api_key_not_found", {}, {}),
     (errors.EventNotFound(7), 404, "event_not_found", {}, {}),
     (errors.TileNotFound(), 404, "tile_not_found", {}, {}),
+    (errors.NotCosigned(), 404, "not_cosigned", {}, {}),
     (errors.CheckpointPending(), 503, "checkpoint_pending", {}, {"Retry-After": "1"}),
     (errors.SecretExpired("N", "2020"), 410, "secret_expired", {}, {}),
     (errors.PreconditionFailed("N", None), 412, "precondition_failed", {}, {}),

@@ -437,6 +437,21 @@ ACCEPTED: dict[str, Callable[[Place], object]] = {
 }
 
 
+async def test_tiles_that_a_power_loss_took_are_no_second_log(data_dir: Path) -> None:
+    """Between the history and the checkpoint, in the first segment: no tile was needed so far."""
+    for count in (5, 7):
+        service = await app.open_service(settings_for(data_dir))
+        await write(service, count)
+        await sign(service)
+        await service.close()
+    tile = data_dir / "tree/tile/0/000"
+    tile.write_bytes(bytes(tile.stat().st_size))
+    (data_dir / "checkpoint").write_bytes(history(data_dir)[0])
+    await (await app.open_service(settings_for(data_dir), signs=True)).close()
+    check_signed(data_dir, key_of(data_dir))
+    assert any(tile.read_bytes())
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 async def test_what_is_accepted(made: Place, place: Place, name: str) -> None:
     ACCEPTED[name](place)

@@ -7,12 +7,13 @@ import pwd
 import time
 from dataclasses import replace
 
+from . import config
 from .config import PREFIX, Settings
 from .core.access import ANY, Caller, Principal
 from .core.events import Ids
 from .core.keyring import DEFAULT_KEY, Keyring, KeySource, MasterKey
 from .core.names import check_line, check_org
-from .core.ports import Backend, Sources
+from .core.ports import Backend, Sources, WitnessLink
 from .index.sqlite import SqliteIndex
 from .masterkeys import MasterKeys
 from .service import Service
@@ -39,14 +40,15 @@ async def open_service(
 ) -> Service:
     """Open the data directory and recover what a crash left. Close the service after use.
 
-    With `signs` the log is held against what was signed, and signed from now on, unless another
-    process does that.
+    With `signs` the log is held against what was signed, and signed from now on, and cosigned by
+    the witnesses, unless another process does that.
 
     Raises:
         LogUnavailable: the data directory can't be used.
         LogDamaged: the event log contradicts itself, or what was signed.
-        ConfigurationError: the key that signs the log can't be used.
+        ConfigurationError: the key that signs the log can't be used, or those of the witnesses.
     """
+    links = _links(settings) if signs else ()
     durable = durable or Durable()
     source = await asyncio.to_thread(key_source, settings, durable)
     keyring = Keyring(await asyncio.to_thread(source.load))
@@ -59,6 +61,7 @@ async def open_service(
         cache=CiphertextCache(settings.cache_bytes),
         sources=sources,
         limits=SegmentLimits(settings.segment_bytes, settings.segment_age),
+        reserve_bytes=settings.reserve_bytes,
     )
     store = FilesStore(environment)
     index = SqliteIndex(
@@ -66,7 +69,8 @@ async def open_service(
     )
     master = MasterKeys(keyring, source, lambda: store.position)
     tree = FilesTree(layout, durable, SigningKey(settings.signing_key, durable), sources.clock)
-    service = Service(Backend(store, index, tree), master, sources, settings.queue_limit)
+    backend = Backend(store, index, tree, links)
+    service = Service(backend, master, sources, settings.queue_limit, settings.free_space_warning)
     try:
         await service.recover()
         if signs:
@@ -76,6 +80,16 @@ async def open_service(
         await service.close()
         raise
     return service
+
+
+def _links(settings: Settings) -> tuple[WitnessLink, ...]:
+    witnesses = config.witnesses(settings)
+    if not witnesses:
+        return ()
+    # Most programs that use the library have none, and start faster without it.
+    from .witnesslink import HttpWitness
+
+    return tuple(map(HttpWitness, witnesses))
 
 
 def key_source(settings: Settings, durable: Durable) -> KeySource:

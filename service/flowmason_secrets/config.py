@@ -6,9 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from .core.errors import ConfigurationError
 from .core.keyring import DEFAULT_KEY_WORD, MIN_PRODUCTION_KEY
+from .core.merkle import Unverified
+from .core.note import COSIGNATURE, Verifier
+from .core.witness import Witness
 from .storage.keysources import read_key_file
 
 PREFIX = "FLOWMASON_SECRETS_"
@@ -42,6 +46,10 @@ class Settings:
     write_timeout: float = 30.0
     keepalive_timeout: float = 75.0
     signing_key_file: Path | None = None
+    free_space_warning: int = 1 << 30
+    reserve_bytes: int = 64 << 20
+    witnesses: tuple[str, ...] = ()
+    witness_keys: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -99,12 +107,33 @@ VARIABLES: dict[str, tuple[str, str]] = {
         f"Without it: the systemd credential {CREDENTIAL}, if there is one, or a file beside the "
         "data directory, named like it, with -signing.key at its end.",
     ),
+    "FREE_SPACE_WARNING": (
+        "free_space_warning",
+        "Below how many free bytes on the disk of the data directory a server warns; 0: never.",
+    ),
+    "RESERVE_BYTES": (
+        "reserve_bytes",
+        "How much room a server keeps for refusals, deletions and operators when the disk is full; "
+        "0: none.",
+    ),
+    "WITNESS": (
+        "witnesses",
+        "URLs of witnesses that are asked to cosign the log, with white space between them.",
+    ),
+    "WITNESS_KEY": (
+        "witness_keys",
+        "The verifier key of each witness, in the same order.",
+    ),
 }
 
 
 # The largest numbers that make sense.
 MOST = {"port": 65535, "workers": 256}
 _KEYS = frozenset({"KEY", "KEY_FILE", "OLD_KEYS"})
+
+# So many cosignatures of witnesses with names so long (in bytes) fit into a line of the log.
+_MOST_WITNESSES = 8
+_WITNESS_NAME = 128
 
 
 def from_environment(
@@ -217,8 +246,57 @@ def check_production(settings: Settings) -> None:
         )
 
 
+def witnesses(settings: Settings) -> tuple[Witness, ...]:
+    """The witnesses of the log.
+
+    Raises:
+        ConfigurationError: not a URL and a key for each of them, or the same key twice.
+    """
+    urls, vkeys = settings.witnesses, settings.witness_keys
+    if len(urls) != len(vkeys):
+        raise ConfigurationError(
+            f"{len(urls)} witnesses and {len(vkeys)} keys of witnesses are set. Give each "
+            f"--witness its --witness-key, in the same order; or {PREFIX}WITNESS and "
+            f"{PREFIX}WITNESS_KEY. "
+            "Without its key nobody can tell whether a cosignature is the witness's."
+        )
+    if len(urls) > _MOST_WITNESSES:
+        raise ConfigurationError(f"More than {_MOST_WITNESSES} witnesses are set.")
+    found = tuple(_witness(url, vkey) for url, vkey in zip(urls, vkeys, strict=True))
+    if len({witness.verifier.name for witness in found}) < len(found):
+        raise ConfigurationError("Two witnesses have the same name.")
+    return found
+
+
+def _witness(url: str, vkey: str) -> Witness:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole or parts.query or parts.fragment:
+        # Not the URL: it may hold a password.
+        raise ConfigurationError(
+            f"The URL of the witness with the key {vkey} is not one of http or https."
+        )
+    try:
+        verifier = Verifier.decode(vkey)
+    except Unverified as error:
+        raise ConfigurationError(
+            f"{vkey!r} is not the verifier key of a witness: {error}."
+        ) from None
+    if verifier.kind != COSIGNATURE or len(verifier.name.encode()) > _WITNESS_NAME:
+        raise ConfigurationError(
+            f"{vkey!r} is not the verifier key of a witness: it has to be for cosignatures "
+            f"(type 4, Ed25519), and its name at most {_WITNESS_NAME} bytes long."
+        )
+    return Witness(url, verifier)
+
+
 def _convert(variable: str, name: str, text: str) -> object:
     kind = Path if name == "signing_key_file" else type(getattr(Settings(), name))
+    if kind is tuple:
+        return tuple(text.split())
     try:
         if kind in (int, float):
             number = kind(text)

@@ -28,6 +28,7 @@ from .keys import ApiKeys
 from .masterkeys import MasterKeys
 from .rotation import Rotation
 from .signer import LogSigner
+from .space import WARN_BELOW, SpaceWatch
 from .trail import Trail
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class Service:
         master: MasterKeys,
         sources: Sources,
         queue_limit: int = QUEUE_LIMIT,
+        warn_below: int = WARN_BELOW,
     ) -> None:
         store, index = backend.store, backend.index
         self._store = store
@@ -52,7 +54,7 @@ class Service:
         self._master = master
         self._clock, self._new_id = sources
         self.gate = Gate(store, queue_limit)
-        self.signer = LogSigner(backend.tree, store, self.gate, sources)
+        self.signer = LogSigner(backend, self.gate, sources)
         self.authentication = Authentication(store, sources.clock)
         self.failures = Failures(self.gate, sources.new_id)
         self._path = Path(store, self.gate, self.authentication, master, sources.new_id)
@@ -60,6 +62,7 @@ class Service:
         self.following = Following((store, index), self.gate, self._path, sources.clock)
         self.rotation = Rotation((store, index), self.gate, self._path, master, sources.new_id)
         self.trail = Trail(backend, self._path)
+        self.space = SpaceWatch(backend, self.gate, sources, warn_below)
         self._locks: WeakValueDictionary[Ref, asyncio.Lock] = WeakValueDictionary()
 
     async def get(self, caller: Caller, name: str) -> Revealed:
@@ -271,6 +274,7 @@ class Service:
     async def close(self) -> None:
         """Finish what is under way and release everything."""
         try:
+            await self.space.close()
             await self.failures.close()
         finally:
             await self.gate.drain()

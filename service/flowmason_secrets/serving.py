@@ -133,6 +133,7 @@ async def serve(
             if reason is not None:
                 _log.warning("values and changes are refused until this is over: %s", reason)
             service.start()
+            await service.space.start()
             ready()
             await _obey(orders, service)
         finally:

@@ -12,7 +12,8 @@ import aiofiles.os
 from .core.errors import LogDamaged, SecretsError
 from .core.events import Event
 from .core.intents import Intent
-from .core.ports import Progress, Sources, Store, Tree
+from .core.ports import Backend, Progress, Sources
+from .cosigner import Cosigner
 from .gate import Gate
 
 T = TypeVar("T")
@@ -33,9 +34,9 @@ class LogSigner:
     It has a thread of its own: no commit waits for it. Belongs to one event loop.
     """
 
-    def __init__(self, tree: Tree, store: Store, gate: Gate, sources: Sources) -> None:
-        self._tree = tree
-        self._store = store
+    def __init__(self, backend: Backend, gate: Gate, sources: Sources) -> None:
+        self._tree = backend.tree
+        self._store = backend.store
         self._gate = gate
         self._sources = sources
         self._thread = ThreadPoolExecutor(1, "flowmason-sign")
@@ -43,6 +44,7 @@ class LogSigner:
         self._closing = asyncio.Event()
         # Whether this process has the lock, and has checked the log since.
         self._leads = False
+        self._cosigner = Cosigner(backend.witnesses, self._tree, self._run, sources)
 
     async def open(self) -> None:
         """Hold the log against what was signed, whoever signs from now on.
@@ -58,10 +60,12 @@ class LogSigner:
     def start(self) -> None:
         """Sign in the background; `open` has returned."""
         self._task = asyncio.get_running_loop().create_task(self._follow())
+        self._cosigner.start()
 
     async def close(self) -> None:
         """Sign what was not signed yet, and let another process go on."""
         self._closing.set()
+        await self._cosigner.close()
         if self._task is not None:
             await self._task
         try:
@@ -102,7 +106,10 @@ class LogSigner:
         if not led:
             await self._check()
         self._leads = True
-        await self._anchor(await self.sign())
+        progress = await self.sign()
+        if progress.note:
+            self._cosigner.offer(progress.note)
+        await self._anchor(progress)
 
     async def sign(self) -> Progress:
         """Sign the log as it is now, or a part of what is new if that is much; `open` has returned,

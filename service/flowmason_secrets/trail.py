@@ -3,15 +3,17 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import aiofiles.os
 
 from .attempts import Path
 from .core.access import FULL, READ, Caller
-from .core.errors import CheckpointPending, EventNotFound, TileNotFound
+from .core.errors import CheckpointPending, EventNotFound, NotCosigned, TileNotFound
 from .core.ports import AuditQuery, Backend
 from .core.tiles import Tile
+from .core.witness import WitnessState
 
 T = TypeVar("T")
 
@@ -33,16 +35,17 @@ class Trail:
         # One thread: proofs are made one after the other, and nothing else waits for them.
         self._thread = ThreadPoolExecutor(1, "flowmason-tree")
 
-    async def checkpoint(self, caller: Caller) -> bytes:
-        """The newest signed checkpoint, as it is published.
+    async def checkpoint(self, caller: Caller, *, cosigned: bool = False) -> bytes:
+        """The newest signed checkpoint, or the newest that witnesses have cosigned, as it is
+        published.
 
         Raises:
-            CheckpointPending: there is none yet.
+            CheckpointPending, NotCosigned: there is none yet.
         """
         await self._path.barrier(caller)
-        note = await self._run(self._tree.newest)
+        note = await self._run(partial(self._tree.newest, cosigned=cosigned))
         if note is None:
-            raise CheckpointPending
+            raise NotCosigned if cosigned else CheckpointPending
         return note
 
     async def tile(self, caller: Caller, tile: Tile) -> bytes:
@@ -57,14 +60,20 @@ class Trail:
             raise TileNotFound
         return data
 
-    async def proof(self, caller: Caller, seq: int) -> bytes:
-        """The proof file that an event of the caller's organisation is in the log. If it is a new
-        one, this waits for the checkpoint.
+    async def witnesses(self) -> list[WitnessState]:
+        """How it stands with the witnesses."""
+        return await self._run(self._tree.witnesses)
+
+    async def proof(self, caller: Caller, seq: int, *, cosigned: bool = False) -> bytes:
+        """The proof file that an event of the caller's organisation is in the log; if asked for,
+        with a checkpoint that witnesses have cosigned. If it is a new event, this waits for the
+        checkpoint.
 
         Raises:
             Denied: recorded in the log.
             EventNotFound: it is of another organisation, or not there.
             CheckpointPending: no checkpoint covers it after two seconds.
+            NotCosigned: there is no cosigned checkpoint at all.
             LogDamaged: the log is not the one that was signed.
         """
         position = await self._path.permit(
@@ -76,10 +85,12 @@ class Trail:
         if not found or found[0]["seq"] != seq:
             raise EventNotFound(seq)
         for _ in range(round(_PATIENCE / _LOOK_EVERY)):
-            proof = await self._run(self._tree.prove, seq)
+            proof = await self._run(partial(self._tree.prove, seq, cosigned=cosigned))
             if proof is not None:
                 return proof
             await asyncio.sleep(_LOOK_EVERY)
+        if cosigned and await self._run(partial(self._tree.newest, cosigned=True)) is None:
+            raise NotCosigned
         raise CheckpointPending
 
     def close(self) -> None:

@@ -13,7 +13,9 @@ from flowmason_secrets.core.drafts import Draft, KeyDraft
 from flowmason_secrets.core.events import Ids
 from flowmason_secrets.core.keyring import Keyring, Plaintext
 from flowmason_secrets.core.names import org_hash, secret_hash
+from flowmason_secrets.core.note import Signature
 from flowmason_secrets.core.ports import Backend, Sources
+from flowmason_secrets.core.witness import WitnessState
 from flowmason_secrets.index.sqlite import SqliteIndex
 from flowmason_secrets.masterkeys import MasterKeys
 from flowmason_secrets.service import Service
@@ -28,6 +30,7 @@ from flowmason_secrets.storage.published import Layout, Published
 from flowmason_secrets.storage.signedtree import FilesTree
 from flowmason_secrets.storage.signing import SigningKey
 
+from .faults import no_space
 from .signed import sign
 from .truth import (
     CALLER,
@@ -43,6 +46,7 @@ from .truth import (
 )
 
 WHOLE = 64 << 20
+RESERVE = 1 << 16
 
 IDS = Ids(time.time, os.urandom)
 OLD_KEY, NEW_KEY = f"{MARK}: the old master key", f"{MARK}: the new master key"
@@ -61,6 +65,7 @@ def open_on(root: Path, durable: Durable, segment: int = WHOLE, block: int = 327
         cache=CiphertextCache(1 << 20),
         sources=sources,
         limits=SegmentLimits(segment),
+        reserve_bytes=RESERVE,
     )
     store = FilesStore(environment)
     index = SqliteIndex(
@@ -179,6 +184,37 @@ async def read_and_sign(service: Service, truth: Truth) -> None:
     """Read a secret, and sign the log, which is held against what was signed before."""
     await read(service, truth)
     await sign(service)
+
+
+async def cosign(service: Service, truth: Truth) -> None:
+    """Sign the log, and keep what a witness has added, now and once more."""
+    await read_and_sign(service, truth)
+    tree = service.signer._tree
+    signed = tree.newest()
+    assert signed is not None
+    for at in (1, 2):
+        tree.cosign(signed, [Signature("witness.example/w1", bytes(4), bytes([at]) * 72)])
+        tree.record_witnesses([WitnessState("witness.example/w1", at)])
+
+
+async def use_reserve(service: Service, truth: Truth) -> None:
+    """Make the reserve, use it for a deletion, and fill it again for a change."""
+    store = service.space._store
+    assert isinstance(store, FilesStore)
+    await store.watch()
+    store._reserve.release(no_space())
+    await drop("OLD")(service, truth)
+    await put("NEW", "new")(service, truth)
+
+
+async def with_reserve(root: Path) -> Truth:
+    """A server has made the reserve."""
+    truth = await settled(root)
+    service = open_on(root, Durable())
+    assert await service.space._store.watch()
+    await service.close()
+    assert (root / "reserve").stat().st_size == RESERVE
+    return truth
 
 
 update = put("OLD", "a new value, longer than the one before " * 9)
@@ -306,6 +342,10 @@ OPERATIONS: dict[str, Operation] = {
     "old master key retired": Operation(retire, rotated),
     "signing step": Operation(read_and_sign, signed),
     "signing step, new segment": Operation(read_and_sign, signed, segment=1),
+    "cosigning step": Operation(cosign, signed),
+    "reserve used and filled again": Operation(use_reserve),
+    "update with a reserve": Operation(update, with_reserve),
+    "delete with a reserve, new segment": Operation(drop("OLD"), with_reserve, segment=1),
     "opening what anybody may read": Operation(read, loose),
     "first start": Operation(put("OLD", "first"), empty),
 }

@@ -17,6 +17,9 @@ from flowmason_secrets.core.keyring import DEFAULT_KEY_ID, MasterKey
 
 MASTER_KEY = "a master key for tests, 32 characters or more"
 
+# Disks of tests are small, and there are many of them.
+SMALL = {"FLOWMASON_SECRETS_RESERVE_BYTES": "0", "FLOWMASON_SECRETS_FREE_SPACE_WARNING": "0"}
+
 
 async def issue_key(data_dir: Path, org: str = "acme", **draft: object) -> str:
     """A new API key, made the way the command line makes it; works beside a running server."""
@@ -61,7 +64,7 @@ class ServerProcess:
             for name, value in os.environ.items()
             if not name.startswith("FLOWMASON_SECRETS_")
         }
-        environment |= {"FLOWMASON_SECRETS_KEY": MASTER_KEY, **self._environment}
+        environment |= {"FLOWMASON_SECRETS_KEY": MASTER_KEY, **SMALL, **self._environment}
         self.process = await asyncio.create_subprocess_exec(
             *self.program,
             "serve",

@@ -260,7 +260,8 @@ def _check_modes(root: Path) -> None:
 def _is_shared(path: str) -> bool:
     """Whether log shippers may read it."""
     directory, name = os.path.split(path)
-    return directory.endswith("/events") or name in ("checkpoint", "checkpoints.ndjson")
+    shared = ("checkpoint", "checkpoint.cosigned", "checkpoints.ndjson")
+    return directory.endswith("/events") or name in shared
 
 
 def _mode(path: str) -> int:

@@ -151,8 +151,8 @@ async def whoami(service: Service, call: Call) -> Answer:
 
 
 async def get_checkpoint(service: Service, call: Call) -> Answer:
-    """The newest signed checkpoint of the log: C2SP tlog-checkpoint."""
-    note = await service.trail.checkpoint(call.caller)
+    """The newest signed checkpoint of the log, or the newest cosigned one: C2SP tlog-checkpoint."""
+    note = await service.trail.checkpoint(call.caller, cosigned=_cosigned(call))
     return Answer(200, _TEXT | _NEVER_KEPT, note)
 
 
@@ -161,7 +161,12 @@ async def get_proof(service: Service, call: Call) -> Answer:
     seq = call.params["seq"]
     if not (seq.isascii() and seq.isdigit() and len(seq) < 19):
         raise InvalidInput("seq", "must be a number, as in the header Audit-Seq")
-    return Answer(200, _TEXT | _NEVER_KEPT, await service.trail.proof(call.caller, int(seq)))
+    proof = await service.trail.proof(call.caller, int(seq), cosigned=_cosigned(call))
+    return Answer(200, _TEXT | _NEVER_KEPT, proof)
+
+
+def _cosigned(call: Call) -> bool:
+    return requests.boolean(call.query, "cosigned") or False
 
 
 async def get_tile(service: Service, call: Call) -> Answer:
@@ -185,12 +190,13 @@ async def healthz(service: Service, call: Call) -> Answer:
 
 
 async def readyz(service: Service, call: Call) -> Answer:
-    """Values can be served; if not, why. And how many secrets are under each master key, or how far
-    the index is that knows it.
+    """Values can be served; if not, why; and what may soon prevent it. How many secrets are under
+    each master key, or how far the index is that knows it. How it stands with the witnesses.
     """
     reason = await service.ready()
     if reason is not None:
         return json_answer(shapes.Health("unavailable", reason), 503, {"Retry-After": "1"})
+    warnings = await service.space.warnings()
     keys = None
     # Values can be read without the index, and it may take a minute to be built.
     if service.building is None:
@@ -199,4 +205,5 @@ async def readyz(service: Service, call: Call) -> Answer:
                 keys = shapes.key_counts(await service.key_usage())
     building = None if keys is not None else service.building
     index = None if building is None else shapes.IndexBuilding(*building)
-    return json_answer(shapes.Health("ready", keys=keys, index=index))
+    witnesses = shapes.witnesses_out(await service.trail.witnesses())
+    return json_answer(shapes.ready(warnings, keys, index, witnesses))

@@ -119,6 +119,9 @@ _SUMMARY = (
         f"The length of time that each count is for, in UTC. At most {trail.COUNTS:,} counts.",
     ),
 )
+_COSIGNED = (
+    Parameter("cosigned", _FLAG, "With the newest checkpoint that a witness has cosigned."),
+)
 _WRITE = ("If-Match", "If-None-Match")
 
 ROUTES: tuple[Route, ...] = (
@@ -244,7 +247,8 @@ ROUTES: tuple[Route, ...] = (
         handlers.get_checkpoint,
         SCOPES,
         {200: str},
-        (400, 401, 422, 503),
+        (400, 401, 404, 422, 503),
+        query=_COSIGNED,
         media=("text/plain",),
     ),
     Route(
@@ -254,6 +258,7 @@ ROUTES: tuple[Route, ...] = (
         (FULL, READ),
         {200: str},
         (400, 401, 403, 404, 422, 503),
+        query=_COSIGNED,
         media=("text/plain",),
     ),
     Route(

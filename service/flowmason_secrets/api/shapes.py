@@ -12,6 +12,7 @@ from ..core.keyring import KeyState, KeyUsage
 from ..core.names import MAX_DESCRIPTION, MAX_LABEL, MAX_NAME
 from ..core.ports import Count
 from ..core.records import ApiKey
+from ..core.witness import WitnessState
 
 Category = Literal["api_key", "token", "credential", "other"]
 Scope = Literal["full", "read", "execute", "deploy"]
@@ -152,8 +153,21 @@ class IndexBuilding(msgspec.Struct, frozen=True):
     events: int
 
 
+class WitnessHealth(msgspec.Struct, frozen=True):
+    """How it stands with a witness of the log: up to which size, in events, it has cosigned it, and
+    when (by its own clock). `error` says why it has not cosigned anything since `since`.
+    """
+
+    name: str
+    size: int
+    cosigned_at: str | None
+    error: str | None
+    since: str | None
+
+
 class Health(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Whether the service is alive, or ready, and if not, why.
+    """Whether the service is `alive`, or `ready`; with `warnings` it is `warning`: ready, but not
+    for long if nobody sees to them. If it is `unavailable`, there is a reason.
 
     While the index is being built, `index` says how far, and `keys` is not there.
     """
@@ -162,6 +176,8 @@ class Health(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str | None = None
     keys: list[KeyCount] | None = None
     index: IndexBuilding | None = None
+    witnesses: list[WitnessHealth] | None = None
+    warnings: list[str] | None = None
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -216,6 +232,31 @@ def audit_summary(by: str, bucket: str, counts: Sequence[Count]) -> AuditSummary
 def key_counts(usage: Sequence[KeyUsage]) -> list[KeyCount]:
     """The wire form of what is under which master key."""
     return [KeyCount(*one) for one in usage]
+
+
+def ready(
+    warnings: list[str],
+    keys: list[KeyCount] | None,
+    index: IndexBuilding | None,
+    witnesses: list[WitnessHealth] | None,
+) -> Health:
+    """Ready, with or without warnings."""
+    status = "warning" if warnings else "ready"
+    return Health(status, None, keys, index, witnesses, warnings or None)
+
+
+def witnesses_out(states: Sequence[WitnessState]) -> list[WitnessHealth] | None:
+    """The wire form of how it stands with the witnesses; None if there are none."""
+    return [
+        WitnessHealth(
+            one.name,
+            one.size,
+            times.render(one.cosigned_at) if one.size else None,
+            one.error,
+            None if one.since is None else times.render(one.since),
+        )
+        for one in states
+    ] or None
 
 
 def api_key_out(key: ApiKey, now: float) -> ApiKeyOut:

@@ -90,7 +90,10 @@ class LocalTarget:
         reason = await self._service.ready()
         if reason is not None:
             return shapes.Health("unavailable", reason)
-        return shapes.Health("ready", keys=shapes.key_counts(await self._service.key_usage()))
+        keys = shapes.key_counts(await self._service.key_usage())
+        witnesses = shapes.witnesses_out(await self._service.trail.witnesses())
+        warnings = await self._service.space.warnings()
+        return shapes.ready(warnings, keys, None, witnesses)
 
     async def revoke_key(self, key_id: str) -> shapes.Message:
         await self._service.keys.revoke(self._caller, key_id)

@@ -73,6 +73,18 @@ class _ServeCommand(click.Command):
     show_default=str(_DEFAULTS.workers),
     help="How many processes serve; 0 is one for each core, bound to it.",
 )
+@click.option(
+    "--witness",
+    multiple=True,
+    metavar="URL",
+    help="Let this witness cosign the log (C2SP tlog-witness); may be given several times.",
+)
+@click.option(
+    "--witness-key",
+    multiple=True,
+    metavar="VKEY",
+    help="The verifier key of each witness, in the same order.",
+)
 @click.option("--production", is_flag=True, help="Refuse to start without a strong master key.")
 def serve(
     host: str | None,
@@ -83,6 +95,8 @@ def serve(
     behind_proxy: bool,
     data_dir: Path | None,
     workers: int | None,
+    witness: tuple[str, ...],
+    witness_key: tuple[str, ...],
     production: bool,
 ) -> None:
     """Serve the HTTP API until SIGTERM or SIGINT; what is in flight is finished then.
@@ -93,8 +107,15 @@ def serve(
     from .. import app, serving
 
     settings = app.with_overrides(
-        config.from_environment(), host=host, port=port, data_dir=data_dir, workers=workers
+        config.from_environment(),
+        host=host,
+        port=port,
+        data_dir=data_dir,
+        workers=workers,
+        witnesses=witness or None,
+        witness_keys=witness_key or None,
     )
+    config.witnesses(settings)
     if production:
         config.check_production(settings)
     listen = serving.Listen(

@@ -171,6 +171,19 @@ class TileNotFound(SecretsError, LookupError):
         )
 
 
+class NotCosigned(SecretsError, LookupError):
+    """No witness has cosigned the log yet."""
+
+    code = "not_cosigned"
+    title = "Not cosigned"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "No witness has cosigned the log yet. Is one set? The readiness check tells how it "
+            "stands with each."
+        )
+
+
 class CheckpointPending(SecretsError):
     """No checkpoint covers the event yet. `retry_after` is in seconds."""
 

@@ -7,8 +7,10 @@ from typing import Literal, NamedTuple, Protocol
 from .errors import SecretsError
 from .events import Entry, Line, Receipt
 from .intents import Intent
+from .note import Signature, Verifier
 from .records import ApiKey, Inventory, Metadata, SecretRecord
 from .tiles import Tile
+from .witness import WitnessState
 
 # Seconds since the epoch.
 Clock = Callable[[], float]
@@ -29,6 +31,15 @@ STALE = Stale()
 
 # None: nothing had to be recorded, and what the intent read is current.
 Verdict = Receipt | Stale | SecretsError | None
+
+
+class Space(NamedTuple):
+    """Room on the disk, in bytes: how much is `free`, and how large the reserve would have to be
+    that is `missing`.
+    """
+
+    free: int
+    missing: int
 
 
 class Store(Protocol):
@@ -84,6 +95,21 @@ class Store(Protocol):
 
         Raises:
             LogUnavailable: there is none.
+        """
+
+    async def space(self) -> Space:
+        """How much room there is.
+
+        Raises:
+            LogUnavailable: it can't be found out.
+        """
+
+    async def watch(self) -> bool:
+        """Whether this process is the one of those that serve that watches the room; it becomes
+        that if nobody is. Then it also keeps the reserve, as far as there is room.
+
+        Raises:
+            LogUnavailable: the reserve can't be made.
         """
 
     async def close(self) -> None:
@@ -257,8 +283,8 @@ class Progress(NamedTuple):
 
 
 class Tree(Protocol):
-    """The Merkle tree of the log and its checkpoints. Blocking: `lead`, `begin`, `check`, `sign`
-    and `close` in one worker thread, the others in any.
+    """The Merkle tree of the log and its checkpoints. Blocking: `lead`, `begin`, `check`, `sign`,
+    `cosign`, `record_witnesses` and `close` in one worker thread, the others in any.
     """
 
     def lead(self) -> bool:
@@ -285,21 +311,69 @@ class Tree(Protocol):
         when this returns. Only if this process leads.
         """
 
-    def newest(self) -> bytes | None:
-        """The newest checkpoint; None before there is one."""
+    def newest(self, *, cosigned: bool = False) -> bytes | None:
+        """The newest checkpoint, or the newest that a witness has cosigned; None before there is
+        one.
+        """
 
     def tile(self, tile: Tile) -> bytes | None:
         """The hashes of a tile that the newest checkpoint covers; None if it does not."""
 
-    def prove(self, seq: int) -> bytes | None:
-        """The proof file that event `seq` is in the log; None if no checkpoint covers it yet.
+    def prove(self, seq: int, *, cosigned: bool = False) -> bytes | None:
+        """The proof file that event `seq` is in the log, with the newest checkpoint or with the
+        newest that is cosigned; None if that does not cover it yet.
 
         Raises:
             LogDamaged: it is not.
         """
 
+    def connect(self, old: int, signed: bytes) -> list[bytes]:
+        """The proof that the log of `old` events is the beginning of what a checkpoint covers;
+        empty if `old` is 0, or all of it.
+
+        Raises:
+            LogDamaged: it is not.
+        """
+
+    def cosign(self, signed: bytes, cosignatures: Sequence[Signature]) -> None:
+        """Keep what witnesses have added to a checkpoint; durable when this returns. Nothing
+        happens if this process does not lead any more.
+        """
+
+    def witnesses(self) -> list[WitnessState]:
+        """How it stands with the witnesses, as the process that signs has recorded it."""
+
+    def record_witnesses(self, states: Sequence[WitnessState]) -> None:
+        """Record it; like `cosign`, but not durable."""
+
     def close(self) -> None:
         """Let another process sign."""
+
+
+class Reply(NamedTuple):
+    """What a witness answered: the HTTP status, the media type, and the body."""
+
+    status: int
+    media: str
+    body: bytes
+
+
+class WitnessLink(Protocol):
+    """The way to a witness."""
+
+    @property
+    def verifier(self) -> Verifier:
+        """The key that its cosignatures are of."""
+
+    async def add_checkpoint(self, body: bytes) -> Reply:
+        """Submit a checkpoint: C2SP tlog-witness.
+
+        Raises:
+            OSError: it did not answer; the text says why, and holds nothing secret.
+        """
+
+    async def close(self) -> None:
+        """Release its connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,3 +383,4 @@ class Backend:
     store: Store
     index: Index
     tree: Tree
+    witnesses: tuple[WitnessLink, ...] = ()

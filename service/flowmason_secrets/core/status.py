@@ -11,6 +11,7 @@ STATUS: dict[type[errors.SecretsError], int] = {
     errors.ApiKeyNotFound: 404,
     errors.EventNotFound: 404,
     errors.TileNotFound: 404,
+    errors.NotCosigned: 404,
     errors.SecretExpired: 410,
     errors.PreconditionFailed: 412,
     errors.DecryptionFailed: 500,

@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 # In bytes: the end of the history in which its newest checkpoint is looked for.
 _TAIL = 1 << 16
 
-# A note of more bytes is not ours, and would not fit into a line of the log.
-_QUOTABLE = 2048
+# A note of more bytes, with cosignatures, is not ours, and would not fit into a line of the log.
+_QUOTABLE = 4096
 
 
 class Signed(NamedTuple):
@@ -41,9 +41,11 @@ class Checkpoints:
 
     def newest(self) -> bytes | None:
         """The newest checkpoint, unverified."""
-        with contextlib.suppress(FileNotFoundError):
-            return self._layout.checkpoint.read_bytes()
-        return None
+        return _contents(self._layout.checkpoint)
+
+    def cosigned(self) -> bytes | None:
+        """The newest cosigned checkpoint, unverified."""
+        return _contents(self._layout.cosigned)
 
     def quotable(self) -> str | None:
         """The newest checkpoint as the log quotes it, unverified."""
@@ -98,12 +100,25 @@ class Checkpoints:
     def publish(self, note: bytes, time: str) -> None:
         """Make a checkpoint the newest one; durable when this returns."""
         self._append(orjson.dumps({"time": time, "checkpoint": note.decode()}) + b"\n")
-        root, draft = self._layout.root, self._layout.checkpoint.with_name("checkpoint.tmp")
+        self._replace(self._layout.checkpoint, note)
+        self._durable.sync_path(self._layout.root)
+
+    def cosign(self, note: bytes, *, newest: bool) -> None:
+        """Make a cosigned checkpoint the newest one of its kind; if it is also the `newest` of all,
+        it takes the place of what was published without its cosignatures. Durable when this
+        returns.
+        """
+        self._replace(self._layout.cosigned, note)
+        if newest:
+            self._replace(self._layout.checkpoint, note)
+        self._durable.sync_path(self._layout.root)
+
+    def _replace(self, path: Path, note: bytes) -> None:
+        draft = self._layout.signing_draft
         # Of one who died; nobody else signs now.
         self._durable.unlink(draft)
         self._durable.create(draft, note, SHARED_FILE, sync=True)
-        self._durable.rename(draft, self._layout.checkpoint)
-        self._durable.sync_path(root)
+        self._durable.rename(draft, path)
 
     def _append(self, line: bytes) -> None:
         path = self._layout.checkpoints
@@ -140,3 +155,9 @@ class Checkpoints:
                 f"The checkpoint in {path} can't be verified with the key {verifier.encode()}: "
                 f"{error}. If the log was signed with another key, put that one back. {self.anew}"
             ) from None
+
+
+def _contents(path: Path) -> bytes | None:
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    return None

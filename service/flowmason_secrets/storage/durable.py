@@ -16,6 +16,9 @@ PRIVATE_FILE = 0o600
 SHARED_FILE = 0o640
 
 
+_PIECE = 1 << 20
+
+
 class ShortWrite(OSError):
     """The system took only a part of what was to be written."""
 
@@ -133,6 +136,30 @@ class Durable:
         except FileNotFoundError:
             self.make_directory(os.path.dirname(path))
             self.put(path, data, mode)
+
+    def allocate(self, path: StrPath, size: int) -> None:
+        """Make a file take the room of `size` bytes, if it takes less; it holds nothing."""
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, PRIVATE_FILE)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                if sys.platform == "darwin":
+                    # macOS has no posix_fallocate.
+                    for place in range(before, size, _PIECE):
+                        self.write(descriptor, bytes(min(_PIECE, size - place)))
+                else:
+                    os.posix_fallocate(descriptor, 0, size)
+                self.sync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
+
+    def shrink(self, path: StrPath, size: int) -> None:
+        """Give back what a file takes beyond `size` bytes. Not synced."""
+        os.truncate(path, size)
 
     def rename(self, source: Path, target: Path) -> None:
         """Give a file its name, in place of what had that name before."""

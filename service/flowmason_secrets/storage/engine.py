@@ -4,6 +4,7 @@ Everything here blocks, and runs in the one commit thread of its store.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Sequence
@@ -21,10 +22,13 @@ from .cache import CiphertextCache
 from .durable import PRIVATE_FILE, Durable
 from .eventlog import HEADER_BYTES, EventLog, SegmentLimits
 from .published import Layout, Published
+from .reserve import RESERVE_BYTES, Reserve, ordinary
 from .staging import Journal, Leftovers, sync_published
 
 # A journal is settled when it has grown this large, in bytes.
 JOURNAL_LIMIT = 8 << 20
+
+_KEPT = f"{os.strerror(errno.ENOSPC)}; the reserve is kept for refusals, deletions and operators"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Environment:
     cache: CiphertextCache
     sources: Sources
     limits: SegmentLimits
+    reserve_bytes: int = RESERVE_BYTES
 
 
 class Engine:
@@ -46,8 +51,9 @@ class Engine:
     the same recovery as after a crash.
     """
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, reserve: Reserve) -> None:
         self._env = environment
+        self._reserve = reserve
         self._log: EventLog | None = None
         self._lock: int | None = None
         self._changes = Changes(0)
@@ -67,10 +73,11 @@ class Engine:
         """One verdict for each intent; see `Store.commit`."""
         lock = self._acquire()
         try:
-            verdicts = self._commit(batch, self._caught_up(lock), lock)
+            verdicts = self._commit_within_room(batch, self._caught_up(lock), lock)
         except OSError as error:
             self._abandon()
-            raise _unavailable(error) from error
+            self._reserve.release(error)
+            raise unavailable(error) from error
         except BaseException:
             self._abandon()
             raise
@@ -87,11 +94,23 @@ class Engine:
         """See `Store.probe`. In any thread."""
         draft = self._env.layout.staged / f"{uuid4().hex}.tmp"
         try:
+            if self._reserve.in_use() and not self._reserve.has_room():
+                raise OSError(errno.ENOSPC, _KEPT)
             # Not synced, which would cost more than it tells.
             self._env.durable.create(draft, bytes(HEADER_BYTES), PRIVATE_FILE, sync=False)
             self._env.durable.unlink(draft)
         except OSError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
+
+    def keep_reserve(self) -> None:
+        """See `Store.watch`."""
+        lock = self._acquire()
+        try:
+            self._reserve.keep()
+        except OSError as error:
+            raise unavailable(error) from error
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Settle and release everything."""
@@ -117,7 +136,7 @@ class Engine:
                 forking.close(self._lock)
                 self._lock = None
         except OSError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
 
     def _open_lock(self) -> int:
         layout, durable = self._env.layout, self._env.durable
@@ -210,13 +229,48 @@ class Engine:
             paths = {path for change in changes for path in published.publish_again(change)}
             sync_published(paths, self._env.durable)
         except OSError as error:
+            # They are committed, so they may have of the reserve whatever they are.
+            if self._reserve.release(error):
+                return self._published_again(changes)
             published.hold(changes)
             self._stuck = error
             return False
         return True
 
+    def _commit_within_room(
+        self, batch: Sequence[Intent], log: EventLog, lock: int
+    ) -> list[Verdict]:
+        """Commit all of it; or without what is ordinary, as long as the reserve is in use."""
+        if not self._reserve.in_use():
+            return self._commit(batch, log, lock)
+        if any(ordinary(intent.event) for intent in batch) and self._reserve.refill():
+            return self._commit(batch, log, lock)
+        return self._commit_without_ordinary(batch, log, lock)
+
+    def _commit_without_ordinary(
+        self, batch: Sequence[Intent], log: EventLog, lock: int
+    ) -> list[Verdict]:
+        rest = [intent for intent in batch if not ordinary(intent.event)]
+        decided = iter(self._commit(rest, log, lock))
+        return [
+            unavailable(OSError(errno.ENOSPC, _KEPT)) if ordinary(intent.event) else next(decided)
+            for intent in batch
+        ]
+
+    def _again(
+        self, batch: Sequence[Intent], position: int, lock: int, error: OSError
+    ) -> list[Verdict]:
+        """Commit on the reserve what the disk had no room for."""
+        ids = {intent.event.id for intent in batch if intent.event is not None}
+        log = self._caught_up(lock)
+        if any(line["id"] in ids for line in log.lines(position)):
+            # Some got into the log. That is allowed for what is not acknowledged, but once only.
+            return [unavailable(error) if intent.event else STALE for intent in batch]
+        return self._commit_without_ordinary(batch, log, lock)
+
     def _commit(self, batch: Sequence[Intent], log: EventLog, lock: int) -> list[Verdict]:
         verdicts: list[Verdict] = [None] * len(batch)
+        position = log.position
         admission = admit(batch, self._changes, log.position)
         for index in admission.stale:
             verdicts[index] = STALE
@@ -231,8 +285,10 @@ class Engine:
         except OSError as error:
             # What needs no event is answered all the same: metadata stay readable.
             self._abandon()
+            if self._reserve.release(error):
+                return self._again(batch, position, lock, error)
             for index, _ in admission.events:
-                verdicts[index] = _unavailable(error)
+                verdicts[index] = unavailable(error)
         return verdicts
 
     def _durable(self, verdicts: list[Verdict]) -> list[Verdict]:
@@ -248,7 +304,8 @@ class Engine:
         except OSError as error:
             # What needs no event is answered all the same.
             self._abandon()
-            return [_unavailable(error) if isinstance(v, Receipt) else v for v in verdicts]
+            self._reserve.release(error)
+            return [unavailable(error) if isinstance(v, Receipt) else v for v in verdicts]
         self._unsynced = False
         return verdicts
 
@@ -334,7 +391,7 @@ class Engine:
         self._env.cache.clear()
 
 
-def _unavailable(error: OSError) -> LogUnavailable:
+def unavailable(error: OSError) -> LogUnavailable:
     return LogUnavailable(error.strerror or str(error) or type(error).__name__)
 
 

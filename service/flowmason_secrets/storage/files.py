@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import aiofiles.os
@@ -15,10 +16,11 @@ import aiofiles.os
 from .. import forking
 from ..core.intents import Intent
 from ..core.names import secret_id
-from ..core.ports import Chunk, Verdict
+from ..core.ports import Chunk, Space, Verdict
 from ..core.records import ApiKey, Inventory, Metadata, SecretRecord
-from .engine import JOURNAL_LIMIT, Engine, Environment
+from .engine import JOURNAL_LIMIT, Engine, Environment, unavailable
 from .eventlog import ChunkReader, read_line
+from .reserve import Reserve
 from .staging import Journal
 
 T = TypeVar("T")
@@ -37,11 +39,14 @@ class FilesStore:
 
     def __init__(self, environment: Environment) -> None:
         self._env = environment
-        self._engine = Engine(environment)
+        self._reserve = Reserve(environment.layout, environment.durable, environment.reserve_bytes)
+        self._engine = Engine(environment, self._reserve)
         self._committer = ThreadPoolExecutor(1, "flowmason-commit")
         self._readers = ThreadPoolExecutor(4, "flowmason-read")
         self._settling: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
+        # Ends the watch, if this process has it.
+        self._watching: Callable[[], None] | None = None
         self._commit = aiofiles.os.wrap(self._engine.commit)
         self._load = aiofiles.os.wrap(environment.published.secret)
 
@@ -107,9 +112,29 @@ class FilesStore:
         """See `Store.probe`."""
         await aiofiles.os.wrap(self._engine.probe)(executor=self._readers)
 
+    async def space(self) -> Space:
+        """See `Store.space`."""
+        try:
+            found: Space = await aiofiles.os.wrap(self._reserve.space)(executor=self._readers)
+        except OSError as error:
+            raise unavailable(error) from error
+        return found
+
+    async def watch(self) -> bool:
+        """See `Store.watch`. # format §10"""
+        if self._watching is None:
+            claim = aiofiles.os.wrap(_claim)
+            self._watching = await claim(self._env.layout.staged, executor=self._readers)
+        if self._watching is None:
+            return False
+        await aiofiles.os.wrap(self._engine.keep_reserve)(executor=self._committer)
+        return True
+
     async def close(self) -> None:
         """See `Store.close`."""
         self._closing.set()
+        if self._watching is not None:
+            self._watching()
         if self._settling is not None:
             await self._settling
         try:
@@ -149,14 +174,7 @@ class FilesTail:
 
     def claim(self) -> Callable[[], None] | None:
         """See `Tail.claim`. # format §8"""
-        descriptor = os.open(self._layout.events, os.O_RDONLY | os.O_CLOEXEC)
-        forking.close_in_children(descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            forking.close(descriptor)
-            return None
-        return partial(forking.close, descriptor)
+        return _claim(self._layout.events)
 
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """See `Tail.chunks`."""
@@ -181,3 +199,15 @@ class FilesTail:
     def metadata(self, org_hash: str, stem: str) -> Metadata | None:
         """See `Tail.metadata`."""
         return self._published.metadata(org_hash, stem)
+
+
+def _claim(directory: Path) -> Callable[[], None] | None:
+    """Lock a directory: what is returned unlocks it. None while another process has it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    forking.close_in_children(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        forking.close(descriptor)
+        return None
+    return partial(forking.close, descriptor)

@@ -1,5 +1,6 @@
 """The memory store: for tests, and as the shortest description of what a store does."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from ..core import times
@@ -7,7 +8,7 @@ from ..core.errors import LogDamaged
 from ..core.events import Event, Receipt
 from ..core.intents import Changes, Intent, admit
 from ..core.names import org_hash, secret_hash
-from ..core.ports import STALE, Chunk, Sources, Verdict
+from ..core.ports import STALE, Chunk, Sources, Space, Verdict
 from ..core.records import (
     ApiKey,
     DropSecret,
@@ -94,6 +95,14 @@ class MemoryStore:
 
     async def probe(self) -> None:
         """See `Store.probe`. There is room as long as there is memory."""
+
+    async def space(self) -> Space:
+        """See `Store.space`. As above."""
+        return Space(sys.maxsize, 0)
+
+    async def watch(self) -> bool:
+        """See `Store.watch`. There is only this process."""
+        return True
 
     async def close(self) -> None:
         """See `Store.close`."""

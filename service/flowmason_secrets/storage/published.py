@@ -44,6 +44,12 @@ class Layout:
         self.tree = root / "tree"
         self.checkpoint = root / "checkpoint"
         self.checkpoints = root / "checkpoints.ndjson"
+        self.cosigned = root / "checkpoint.cosigned"
+        self.witnesses = root / "witnesses.json"
+        self.reserve = root / "reserve"
+        self.reserve_in_use = root / "reserve.in-use"
+        # Of whatever the process that signs replaces: its next checkpoint clears it away.
+        self.signing_draft = root / "checkpoint.tmp"
         self.signing_lock = root / "signing.lock"
 
     def organisations(self) -> list[str]:

@@ -6,17 +6,18 @@ One process at a time signs: the one that holds the lock. Any process may read.
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .. import forking
-from ..core import checkpoint, merkle, times
+from ..core import checkpoint, merkle, times, witness
 from ..core.checkpoint import Checkpoint
 from ..core.errors import ConfigurationError, LogDamaged
 from ..core.merkle import Unverified
-from ..core.note import Signer
+from ..core.note import Signature, Signer
 from ..core.ports import Anchor, Chunk, Clock, Progress
 from ..core.tiles import ENTRIES, WIDTH, Edge, Tile, TileHashes, exists_in, split_hashes
 from ..core.tlogproof import Proof
+from ..core.witness import WitnessState
 from . import wire
 from .checkpoints import Checkpoints, Signed
 from .durable import Durable
@@ -24,6 +25,7 @@ from .eventlog import ChunkReader, segment_name, segments
 from .published import Layout
 from .signing import SigningKey
 from .tree import TileFiles, hashes_of, whole_chunks
+from .witnesses import WitnessStates
 
 # How many lines are hashed before others get their turn: some fifty milliseconds.
 _STEP = 1 << 16
@@ -43,6 +45,7 @@ class FilesTree:
         self._key = key
         self._clock = clock
         self._checkpoints = Checkpoints(layout, durable)
+        self._witnesses = WitnessStates(layout, durable)
         self._files = TileFiles(layout.tree, layout.events, durable)
         self._reader = ChunkReader(layout.events)
         self._lock: int | None = None
@@ -58,9 +61,9 @@ class FilesTree:
 
     def lead(self) -> bool:
         """See `Tree.lead`."""
+        if self._leads():
+            return True
         if self._lock is not None:
-            if os.fstat(self._lock).st_nlink:
-                return True
             # A lock on a file that somebody removed excludes nobody, and others may have signed.
             self._let_go()
             return False
@@ -80,6 +83,9 @@ class FilesTree:
         """See `Tree.close`."""
         if self._lock is not None:
             self._let_go()
+
+    def _leads(self) -> bool:
+        return self._lock is not None and os.fstat(self._lock).st_nlink > 0
 
     def _let_go(self) -> None:
         lock, self._lock = self._lock, None
@@ -117,7 +123,10 @@ class FilesTree:
             )
         self._edge = self._resumed(newest.statement) or self._rebuilt(newest.statement)
         for signed in older:
-            if self._root_of(signed.statement.size) != signed.statement.root:
+            if not self._begins(signed.statement):
+                # Perhaps only the tiles are wrong: they are not synced.
+                self._edge = self._rebuilt(newest.statement)
+            if not self._begins(signed.statement):
                 raise LogDamaged(
                     f"{self._layout.checkpoint} and {self._layout.checkpoints} were signed over "
                     "two different logs. Compare both with your copies."
@@ -137,8 +146,9 @@ class FilesTree:
                 edge.extend(hashes_of(chunk))
         return edge if edge is not None and edge.root() == signed.root else None
 
-    def _root_of(self, size: int) -> bytes:
-        return merkle.root_of(size, TileHashes(size, self._files.read))
+    def _begins(self, signed: Checkpoint) -> bool:
+        """Whether the log of that size is the one that was signed, as far as the tiles tell."""
+        return merkle.root_of(signed.size, TileHashes(signed.size, self._files.read)) == signed.root
 
     def _rebuilt(self, signed: Checkpoint) -> Edge:
         """The tree that was signed, from the lines alone; tiles that were wrong are replaced.
@@ -235,11 +245,53 @@ class FilesTree:
             seq = chunk.first + chunk.data.count(b"\n", 0, place)
             self._anchor = Anchor(seq, _time(chunk.data, place), False)
 
+    # --- witnesses --------------------------------------------------------------------------
+
+    def connect(self, old: int, signed: bytes) -> list[bytes]:
+        """See `Tree.connect`."""
+        statement = checkpoint.read(signed)[0]
+        if old in (0, statement.size):
+            return []
+        try:
+            return self._connected(old, statement)
+        except Unverified:
+            # As below.
+            self._rebuilt(statement)
+            return self._connected(old, statement)
+
+    def _connected(self, old: int, signed: Checkpoint) -> list[bytes]:
+        hashes = TileHashes(signed.size, self._files.read)
+        proof = merkle.consistency_proof(old, signed.size, hashes)
+        roots = merkle.root_of(old, hashes), signed.root
+        merkle.verify_consistency((old, signed.size), roots, proof)
+        return proof
+
+    def cosign(self, signed: bytes, cosignatures: Sequence[Signature]) -> None:
+        """See `Tree.cosign`."""
+        if not self._leads():
+            return
+        before = self._checkpoints.cosigned()
+        note = witness.merge(signed, before, cosignatures)
+        statement = checkpoint.read(note)[0]
+        newest = bool(self._signed) and self._signed[0].statement == statement
+        self._checkpoints.cosign(note, newest=newest)
+        if newest:
+            self._signed[0] = Signed(statement, note)
+
+    def witnesses(self) -> list[WitnessState]:
+        """See `Tree.witnesses`."""
+        return self._witnesses.read()
+
+    def record_witnesses(self, states: Sequence[WitnessState]) -> None:
+        """See `Tree.record_witnesses`."""
+        if self._leads():
+            self._witnesses.write(states)
+
     # --- for readers ------------------------------------------------------------------------
 
-    def newest(self) -> bytes | None:
+    def newest(self, *, cosigned: bool = False) -> bytes | None:
         """See `Tree.newest`."""
-        return self._checkpoints.newest()
+        return self._checkpoints.cosigned() if cosigned else self._checkpoints.newest()
 
     def tile(self, tile: Tile) -> bytes | None:
         """See `Tree.tile`."""
@@ -248,10 +300,10 @@ class FilesTree:
             return None
         return self._files.read(tile)
 
-    def prove(self, seq: int) -> bytes | None:
+    def prove(self, seq: int, *, cosigned: bool = False) -> bytes | None:
         """See `Tree.prove`."""
-        note = self.newest()
-        signed = self._statement(note)
+        note = self.newest(cosigned=cosigned)
+        signed = None if note is None else self._statement(note)
         if note is None or signed is None or not seq < signed.size:
             return None
         try:
