@@ -1,35 +1,40 @@
-"""`flowmason-secrets log key`: what others need to verify the log."""
+"""`flowmason-secrets log`: what others need to verify the log, and what is moved out of it."""
 
 from pathlib import Path
 
 import click
 
 from .. import config
+from ..config import Settings
+from ..core.errors import ConfigurationError
 from ..storage.durable import Durable
+from ..storage.exporting import export as export_log
+from ..storage.published import Layout
 from ..storage.signing import SigningKey
-from . import output
+from . import output, progress
 
 
 @click.group()
 def log() -> None:
-    """The event log: what others need to verify it."""
+    """The event log: what others need to verify it, and archiving it."""
 
 
-@log.command()
-@click.option(
+_data_dir = click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
     show_default=f"{config.PREFIX}DIR or {config.Settings().data_dir}",
     help="The data directory.",
 )
+
+
+@log.command()
+@_data_dir
 def key(data_dir: Path | None) -> None:
     """Print the verifier key of the log: <name>+<key id>+<public key>.
 
     Keep it where nobody can change it who can change the log.
     """
-    from .. import app
-
-    settings = app.with_overrides(config.from_environment(), data_dir=data_dir)
+    settings = _settings(data_dir)
     signer = SigningKey(settings.signing_key, Durable()).load()
     if signer is None:
         raise click.ClickException(
@@ -37,3 +42,39 @@ def key(data_dir: Path | None) -> None:
             "the first program that uses the library."
         )
     output.value(signer.verifier.encode())
+
+
+@log.command()
+@_data_dir
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Where to: a new directory, or one of an earlier export, to which what is new is added.",
+)
+def export(data_dir: Path | None, out: Path) -> None:
+    """Write the log as C2SP tlog-tiles: checkpoint, tiles and entry bundles.
+
+    Any web server can serve it, and verifiers of others read it. It has the lines of all
+    organisations, up to the newest checkpoint.
+    """
+    settings = _existing(data_dir)
+    durable = Durable()
+    signing_key = SigningKey(settings.signing_key, durable)
+    with progress.telling("Exporting") as tell:
+        done = export_log(Layout(settings.root), durable, signing_key, out, tell)
+    archived = f" Events before {done.minimum} were archived." if done.minimum else ""
+    output.note(f"{done.size - done.old} events added to {out}, {done.size} now.{archived}")
+
+
+def _settings(data_dir: Path | None) -> Settings:
+    from .. import app
+
+    return app.with_overrides(config.from_environment(), data_dir=data_dir)
+
+
+def _existing(data_dir: Path | None) -> Settings:
+    settings = _settings(data_dir)
+    if not settings.root.is_dir():
+        raise ConfigurationError(f"There is no data directory {settings.root}.")
+    return settings

@@ -158,6 +158,20 @@ class EventNotFound(SecretsError, LookupError):
         self.seq = seq
 
 
+class EventArchived(SecretsError, LookupError):
+    """What was asked for begins with events that were archived; `minimum` is the first one left."""
+
+    code = "event_archived"
+    title = "Event archived"
+
+    def __init__(self, minimum: int) -> None:
+        super().__init__(
+            f"The events before {minimum} were archived. Ask the archive for them, or go on here "
+            f"after {minimum - 1}."
+        )
+        self.minimum = minimum
+
+
 class TileNotFound(SecretsError, LookupError):
     """The newest checkpoint covers no such tile."""
 
@@ -246,6 +260,13 @@ class LogDamaged(SecretsError):
 
     code = "log_damaged"
     title = "Event log damaged"
+
+
+class AnotherLog(SecretsError):
+    """A directory that was to be added to holds something else; nothing was changed there."""
+
+    code = "another_log"
+    title = "Another log"
 
 
 class ConfigurationError(SecretsError):

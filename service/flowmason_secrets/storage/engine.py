@@ -7,8 +7,9 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 from uuid import uuid4
 
 from .. import forking
@@ -20,10 +21,12 @@ from ..core.records import Change, PutSecret, Ref, SecretRecord, Single, singles
 from . import wire
 from .cache import CiphertextCache
 from .durable import PRIVATE_FILE, Durable
-from .eventlog import HEADER_BYTES, EventLog, SegmentLimits
+from .eventlog import HEADER_BYTES, Archived, EventLog, SegmentLimits
 from .published import Layout, Published
 from .reserve import RESERVE_BYTES, Reserve, ordinary
 from .staging import Journal, Leftovers, sync_published
+
+T = TypeVar("T")
 
 # A journal is settled when it has grown this large, in bytes.
 JOURNAL_LIMIT = 8 << 20
@@ -84,6 +87,18 @@ class Engine:
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
         return self._durable(verdicts)
+
+    def exclusively(self, work: Callable[[], T]) -> T:
+        """Do something while nobody commits; every committed change is published before."""
+        lock = self._acquire()
+        try:
+            self._caught_up(lock)
+            return work()
+        except OSError as error:
+            self._abandon()
+            raise _unavailable(error) from error
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
     def seal_journal(self) -> Journal | None:
         """Take the journal out of use, to be settled: in this thread, the settling in any other."""
@@ -156,9 +171,15 @@ class Engine:
     def _caught_up(self, lock: int) -> EventLog:
         """The log with everything in it that any process has appended, and all of it published."""
         log = self._log
+        try:
+            behind = log is not None and log.changed()
+        except Archived:
+            # What happened since can't be read any more here: as if it began now.
+            self._abandon()
+            log = None
         if log is None:
             return self._open(lock)
-        if log.changed():
+        if behind:
             published = _published_up_to(lock)
             unpublished = False
             for line in log.catch_up():

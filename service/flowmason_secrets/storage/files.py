@@ -16,10 +16,11 @@ import aiofiles.os
 from .. import forking
 from ..core.intents import Intent
 from ..core.names import secret_id
-from ..core.ports import Chunk, Space, Verdict
+from ..core.ports import Chunk, Minimum, Space, Verdict
 from ..core.records import ApiKey, Inventory, Metadata, SecretRecord
 from .engine import JOURNAL_LIMIT, Engine, Environment, unavailable
 from .eventlog import ChunkReader, read_line
+from .minimum import MinimumFile
 from .reserve import Reserve
 from .staging import Journal
 
@@ -108,6 +109,16 @@ class FilesStore:
             self._settling = asyncio.create_task(self._settle())
         return verdicts
 
+    async def exclusively(self, work: Callable[[], T]) -> T:
+        """Do something blocking while no process commits; every committed change is published
+        before, if there is room.
+
+        Raises:
+            LogUnavailable: it failed, or the log could not be read.
+        """
+        result: T = await aiofiles.os.wrap(self._engine.exclusively)(work, executor=self._committer)
+        return result
+
     async def probe(self) -> None:
         """See `Store.probe`."""
         await aiofiles.os.wrap(self._engine.probe)(executor=self._readers)
@@ -170,6 +181,7 @@ class FilesTail:
     def __init__(self, environment: Environment) -> None:
         self._layout = environment.layout
         self._reader = ChunkReader(environment.layout.events)
+        self._minimum = MinimumFile(environment.layout.minimum)
         self._published = environment.published
 
     def claim(self) -> Callable[[], None] | None:
@@ -179,6 +191,10 @@ class FilesTail:
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """See `Tail.chunks`."""
         return self._reader.read(start, stop)
+
+    def minimum(self) -> Minimum:
+        """See `Tail.minimum`."""
+        return self._minimum.read()
 
     def line(self, segment: int, offset: int) -> bytes:
         """See `Tail.line`."""
