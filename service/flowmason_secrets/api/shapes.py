@@ -75,12 +75,15 @@ class AuditCount(msgspec.Struct, frozen=True):
 
 
 class AuditSummary(msgspec.Struct, frozen=True):
-    """How many events there are, in the order of time; where there are none, there is no count."""
+    """How many events there are, in the order of time; where there are none, there is no count.
+    With `complete_since`, older events were archived, and are not counted.
+    """
 
     by: str
     bucket: str
     total: int
     counts: list[AuditCount]
+    complete_since: str | None
 
 
 class ApiKeyIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -223,10 +226,12 @@ def audit_out(line: Line) -> AuditEntry:
     )
 
 
-def audit_summary(by: str, bucket: str, counts: Sequence[Count]) -> AuditSummary:
+def audit_summary(
+    by: str, bucket: str, counts: Sequence[Count], complete_since: str | None
+) -> AuditSummary:
     """The wire form of counts of events."""
     shown = [AuditCount(times.render(start), key, events) for start, key, events in counts]
-    return AuditSummary(by, bucket, sum(one.count for one in shown), shown)
+    return AuditSummary(by, bucket, sum(one.count for one in shown), shown, complete_since)
 
 
 def key_counts(usage: Sequence[KeyUsage]) -> list[KeyCount]:

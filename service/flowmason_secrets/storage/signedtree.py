@@ -134,6 +134,37 @@ class FilesTree:
                     "two different logs. Compare both with your copies."
                 )
 
+    @property
+    def size(self) -> int:
+        """How many events are signed and checked, or being signed."""
+        return self._edge.size
+
+    def vouch(self, edge: Edge) -> None:
+        """Hold the first lines of the log, as somebody else read them, against what was signed when
+        `check` was called.
+
+        Raises:
+            LogDamaged: they are others.
+        """
+        signed = self._signed[0].statement
+        try:
+            self._consistent(edge, signed)
+        except Unverified:
+            # A tile is wrong, or the lines are.
+            self._rebuilt(signed)
+            try:
+                self._consistent(edge, signed)
+            except Unverified:
+                raise LogDamaged(
+                    f"The first {edge.size} events are not those that were signed as "
+                    f"{signed.origin}. Compare them with your shipped copy."
+                ) from None
+
+    def _consistent(self, edge: Edge, signed: Checkpoint) -> None:
+        hashes = TileHashes(signed.size, self._files.read)
+        proof = merkle.consistency_proof(edge.size, signed.size, hashes)
+        merkle.verify_consistency((edge.size, signed.size), (edge.root(), signed.root), proof)
+
     def _resumed(self, signed: Checkpoint) -> Edge | None:
         """The tree that was signed, from the tiles and the lines of the last segment; None if tiles
         are missing, or if that is not what was signed.
