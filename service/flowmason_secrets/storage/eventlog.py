@@ -91,9 +91,14 @@ class EventLog:
         """Find the end of the log. Only the last segment is read.
 
         Raises:
-            LogDamaged: the last segment does not begin with the seq in its name.
+            LogDamaged: the last segment does not begin with the seq in its name, or is missing.
         """
-        firsts = segments(self._directory)
+        firsts, minimum = segments(self._directory), self.minimum
+        if minimum > max(firsts, default=0):
+            raise LogDamaged(
+                f"The segment with event {minimum} of the log is missing, and was not archived. "
+                "Put back what is missing in events/, and start again."
+            )
         if firsts:
             self.position = firsts[-1]
             self._enter(firsts[-1])
