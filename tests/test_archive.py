@@ -220,7 +220,9 @@ async def test_what_is_not_signed_stays(tmp_path: Path) -> None:
     await service.close()
 
 
-async def test_what_is_left_is_listed_proven_and_queried(log: Log) -> None:
+async def test_what_is_left_is_listed_proven_and_queried(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
     """With the index as it was, and with a new one."""
     before = await look(log)
     await archived(log)
@@ -232,6 +234,8 @@ async def test_what_is_left_is_listed_proven_and_queried(log: Log) -> None:
             shutil.rmtree(log.root / "tree")
             remove_index(log)
         after = await look(log)
+        # What was archived is no damage of the index.
+        assert not [record for record in caplog.records if "index" in record.name]
         assert after.names == before.names
         assert after.organisations == before.organisations == ["acme", "other"]
         size = len(before.seqs)
