@@ -34,6 +34,7 @@ from flowmason_secrets.core.errors import (
 from flowmason_secrets.core.keyring import Plaintext
 from flowmason_secrets.core.ports import AuditQuery, Grouping, ListQuery
 from flowmason_secrets.core.tiles import Edge
+from flowmason_secrets.service import Service
 from flowmason_secrets.storage.archive import Target
 from flowmason_secrets.storage.compression import Form
 from flowmason_secrets.storage.durable import Durable
@@ -457,7 +458,7 @@ def shrunk(log: Log, place: Path) -> Log:
 async def test_a_process_that_slept_meanwhile_goes_on(log: Log) -> None:
     """Its newest segment was sealed, archived and removed by others."""
     sleeper = await app.open_service(settings_for(log.root, segment_bytes=SEGMENT))
-    name = (await anext(sleeper.listing(ACME, ListQuery("acme", 0.0))))[0].name
+    name = await a_name(sleeper)
     await sleeper.get(ACME, name)
     slept = max(log.firsts)
     # With a change in it that the sleeper has cached.
@@ -477,6 +478,59 @@ async def test_a_process_that_slept_meanwhile_goes_on(log: Log) -> None:
     lines = log.lines()
     assert orjson.loads(lines[-1])["name"] == "AFTER"
     assert newest(log.root).size == len(lines)
+
+
+@pytest.mark.parametrize("name", ["an empty log", "a torn tail"])
+async def test_a_process_that_was_to_begin_a_segment(tmp_path: Path, name: str) -> None:
+    """Others have begun it, and archived it, while he slept: he must not begin it again."""
+    log = Log(tmp_path / "data", tmp_path / "archive")
+    if name == "a torn tail":
+        await grow(log.root, 10)
+        with max((log.root / "events").iterdir()).open("ab") as file:
+            file.write(b'{"v":1,"id":"0199')
+    sleeper = await app.open_service(settings_for(log.root, segment_bytes=SEGMENT))
+    await grow(log.root, 900)
+    backdate(log.root)
+    assert await archived(log) is not None
+    assert len(list(log.to.iterdir())) > 2
+    await sleeper.set(ACME, Draft("AFTER", Plaintext("v")))
+    await sign(sleeper)
+    await sleeper.close()
+    assert orjson.loads(log.lines()[-1])["name"] == "AFTER"
+    assert log.firsts[0] == log.minimum
+    assert check_signed_lines(log)[-1] == len(log.lines())
+
+
+async def test_who_reads_slowly_is_told(log: Log) -> None:
+    """Nothing is left out of what he reads without a word."""
+    service = await app.open_service(settings_for(log.root))
+    query = AuditQuery("acme", limit=10)
+    following = service.following
+    pages = following.export(ACME, query)
+    stream = following.follow(ACME, await following.begin(ACME, query._replace(after=0)))
+    newest = following.follow(ACME, await following.begin(ACME, query))
+    first = await anext(pages)
+    assert [entry.line["seq"] for entry in first] == [
+        entry.line["seq"] for entry in await anext(stream)
+    ]
+    assert await anext(newest) == []
+    await archived(log)
+    for reader in (pages, stream):
+        with pytest.raises(EventArchived):
+            await anext(reader)
+    read = await service.get(ACME, await a_name(service))
+    while not (page := await anext(newest)):
+        pass
+    assert [entry.line["seq"] for entry in page] == [read.receipt.seq]
+    # Of an organisation without events that are left, a stream begins at what is left.
+    begun = await following.begin(app.local_caller("third"), AuditQuery("third"))
+    assert begun.after == log.minimum - 1
+    await service.close()
+
+
+async def a_name(service: Service) -> str:
+    """The name of one of the secrets."""
+    return (await anext(service.listing(ACME, ListQuery("acme", 0.0))))[0].name
 
 
 async def test_readers_and_writers_beside_it(tmp_path: Path) -> None:

@@ -97,6 +97,9 @@ class Engine:
         except OSError as error:
             self._abandon()
             raise _unavailable(error) from error
+        except BaseException:
+            self._abandon()
+            raise
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
 

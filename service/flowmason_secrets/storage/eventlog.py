@@ -164,6 +164,9 @@ class EventLog:
         """
         segment = self._segment
         if segment is None or self._torn:
+            if self.position < self.minimum:
+                # Somebody began the next segment, and it was archived.
+                raise Archived
             return self._exists(self.position)
         status = os.fstat(segment.descriptor)
         if status.st_size < segment.end or not status.st_nlink:
