@@ -663,7 +663,7 @@ async def test_what_clients_are_told(log: Log) -> None:
                 assert response.status == status, (path, await response.text())
                 if status == 410:
                     problem = await response.json()
-                    assert problem["code"] == "event_archived"
+                    assert (problem["code"], problem["minimum"]) == ("event_archived", left)
                     assert f"after {left - 1}" in problem["detail"]
                 elif AUDIT in path:
                     assert response.headers["Audit-Complete-Since"] == since

@@ -184,7 +184,9 @@ class Health(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error, after RFC 9457. `code` is stable; `field` names what was wrong in the request."""
+    """An error, after RFC 9457. `code` is stable; `field` names what was wrong in the request.
+    `minimum` is the `seq` of the first event that was not archived.
+    """
 
     code: str
     title: str
@@ -194,6 +196,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     field: str | None = None
     key_id: str | None = None
     held: list[str] | None = None
+    minimum: int | None = None
 
 
 def audit_out(line: Line) -> AuditEntry:
