@@ -39,7 +39,10 @@ from flowmason_secrets.storage.archive import Target
 from flowmason_secrets.storage.compression import Form
 from flowmason_secrets.storage.durable import Durable
 from flowmason_secrets.storage.eventlog import segment_name, segments
+from flowmason_secrets.storage.exporting import export
 from flowmason_secrets.storage.minimum import MinimumFile
+from flowmason_secrets.storage.published import Layout
+from flowmason_secrets.storage.signing import SigningKey
 from flowmason_secrets.storage.staging import Journal
 
 from .harness.faults import Failing, Stopping, Watched, io_error
@@ -499,6 +502,21 @@ async def test_a_process_that_was_to_begin_a_segment(tmp_path: Path, name: str) 
     assert orjson.loads(log.lines()[-1])["name"] == "AFTER"
     assert log.firsts[0] == log.minimum
     assert check_signed_lines(log)[-1] == len(log.lines())
+
+
+def test_what_is_archived_while_it_is_exported(log: Log, tmp_path: Path) -> None:
+    """The export is of what is left then."""
+    key, told = verifier_of(key_of(log.root)).encode(), list[int]()
+
+    def tell(done: int, _total: int) -> None:
+        if not told:
+            asyncio.run(archived(log))
+        told.append(done)
+
+    disk, out = Durable(), tmp_path / "out"
+    done = export(Layout(log.root), disk, SigningKey(key_of(log.root), disk), out, tell)
+    assert log.minimum <= done.minimum < log.minimum + 256
+    assert go_verify(out, key, minimum=done.minimum) == done.size == newest(log.root).size
 
 
 async def test_who_reads_slowly_is_told(log: Log) -> None:
