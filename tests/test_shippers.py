@@ -130,9 +130,10 @@ class Log:
             for first, following in itertools.pairwise(firsts[: 1 - STAYING]):
                 lines = self.segment(first)
                 await collector.all_of(lines)
-                if self.staged_from() >= following:
-                    self.removed[first] = lines
-                    drop_oldest(self.events.parent, 1)
+                if self.staged_from() < following:
+                    break
+                self.removed[first] = lines
+                drop_oldest(self.events.parent, 1)
             await asyncio.sleep(0.005)
 
 
