@@ -20,8 +20,9 @@ from flowmason_secrets.core import times
 from flowmason_secrets.core.access import Principal
 from flowmason_secrets.core.errors import IndexUnavailable, LogDamaged
 from flowmason_secrets.core.events import Line
+from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
-from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Minimum, Tail
+from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
 from flowmason_secrets.core.records import Metadata
 from flowmason_secrets.index import events, listing, sqlite
 from flowmason_secrets.index.progress import Progress

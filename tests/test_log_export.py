@@ -15,7 +15,8 @@ from tlog_scales.signing import Vkey
 
 from flowmason_secrets.core import checkpoint, tiles
 from flowmason_secrets.core.errors import AnotherLog, CheckpointPending, LogDamaged
-from flowmason_secrets.core.ports import Chunk, Minimum
+from flowmason_secrets.core.minimum import Minimum
+from flowmason_secrets.core.ports import Chunk
 from flowmason_secrets.core.tiles import ENTRIES
 from flowmason_secrets.storage.durable import Durable
 from flowmason_secrets.storage.exporting import export

@@ -1,7 +1,6 @@
 """Archiving: moving old segments out of a data directory, beside whoever works on it."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import aiofiles.os
@@ -10,10 +9,10 @@ from .core.access import Caller
 from .core.errors import InvalidInput
 from .core.events import Event
 from .core.intents import Intent
-from .core.ports import Index, Minimum, Sources
+from .core.minimum import Minimum
+from .core.ports import Index, Sources, Store
 from .gate import Gate
 from .storage.archive import FilesArchive, Sealed, Target
-from .storage.files import FilesStore
 from .storage.staticlayout import Tell
 
 
@@ -29,7 +28,7 @@ class Archiving:
     """Archives segments of the files store. For local callers: whoever has the files."""
 
     def __init__(
-        self, ports: tuple[FilesStore, Index], gate: Gate, archive: FilesArchive, sources: Sources
+        self, ports: tuple[Store, Index], gate: Gate, archive: FilesArchive, sources: Sources
     ) -> None:
         self._store, self._index = ports
         self._gate = gate
@@ -40,13 +39,13 @@ class Archiving:
         self, caller: Caller, before: float, to: Target, tell: Tell
     ) -> Archived | None:
         """Move the oldest segments away all of whose events are older than that; None if there are
-        none that may go. Interrupted anywhere, it can be done again. # format §10.3
+        none that may go. Interrupted anywhere, it can be done again. # format §11.3
 
         Raises:
             InvalidInput: the time is in the future.
             AnotherLog: the place has other files of those names.
             LogDamaged: the log is not what was signed.
-            LogUnavailable, IndexUnavailable: there is no room to go on.
+            LogUnavailable, IndexUnavailable, OSError: there is no room to go on.
         """
         if before > self._sources.clock():
             raise InvalidInput("before", "is in the future")
@@ -55,13 +54,13 @@ class Archiving:
         chosen: list[Sealed] = await aiofiles.os.wrap(self._archive.choose)(before, position)
         if not chosen:
             # What one left who was interrupted.
-            await self._store.exclusively(partial(self._archive.remove, None))
+            await aiofiles.os.wrap(self._archive.remove)(None)
             return None
         minimum: Minimum = await aiofiles.os.wrap(self._archive.copy)(chosen, to, tell)
         # An index that has not read them yet would have to begin anew.
         await self._index.organisations(position)
         await self._announce(caller, chosen)
-        await self._store.exclusively(partial(self._archive.remove, minimum))
+        await aiofiles.os.wrap(self._archive.remove)(minimum)
         return Archived(len(chosen), minimum.minimum - chosen[0].first, minimum)
 
     async def _announce(self, caller: Caller, chosen: Sequence[Sealed]) -> None:

@@ -11,7 +11,7 @@ from flowmason_secrets import app
 from flowmason_secrets.core import merkle
 from flowmason_secrets.core.drafts import Draft
 from flowmason_secrets.core.keyring import Plaintext
-from flowmason_secrets.core.ports import Minimum
+from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.tiles import Edge
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage.durable import Durable

@@ -227,6 +227,11 @@ class LogUnavailable(SecretsError):
         self.reason = reason
         self.retry_after = retry_after
 
+    @classmethod
+    def of(cls, error: OSError) -> "LogUnavailable":
+        """What the system says."""
+        return cls(error.strerror or str(error) or type(error).__name__)
+
 
 class Overloaded(SecretsError):
     """More is asked for at once than there is room for. `retry_after` is in seconds."""

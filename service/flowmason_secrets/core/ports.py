@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 from .errors import SecretsError
 from .events import Entry, Line, Receipt
 from .intents import Intent
+from .minimum import Minimum
 from .note import Signature, Verifier
 from .records import ApiKey, Inventory, Metadata, SecretRecord
 from .tiles import Tile
@@ -185,19 +186,6 @@ class Chunk(NamedTuple):
     segment: int
     offset: int
     data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Minimum:
-    """What is left of a log whose first `minimum` events were archived: all events from the time
-    `complete_since` on. `organisations` are those that the archived ones name, and `edge` has the
-    hashes of the last tile of each level, if it is not full, of the tree of them. # format §10.1
-    """
-
-    minimum: int = 0
-    complete_since: str | None = None
-    organisations: tuple[str, ...] = ()
-    edge: tuple[bytes, ...] = ()
 
 
 class Building(NamedTuple):

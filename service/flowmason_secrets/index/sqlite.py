@@ -17,8 +17,9 @@ import aiofiles.os
 
 from ..core.errors import IndexUnavailable, InvalidInput
 from ..core.events import Entry, Line
+from ..core.minimum import Minimum
 from ..core.names import org_hash
-from ..core.ports import AuditQuery, Building, Count, Grouping, ListQuery, Minimum, Tail
+from ..core.ports import AuditQuery, Building, Count, Grouping, ListQuery, Tail
 from ..core.records import Metadata
 from . import audit, events, listing, summary
 from .database import Damaged, Database, Unsettled, is_damage, transaction, unwritten

@@ -1,4 +1,4 @@
-"""Moving old segments out of the log. FORMAT.md §10. Blocking."""
+"""Moving old segments out of the log. FORMAT.md §11. Blocking."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,8 @@ from .. import forking
 from ..core import times
 from ..core.errors import AnotherLog, LogDamaged, LogUnavailable
 from ..core.merkle import leaf_hashes
-from ..core.ports import Clock, Minimum
+from ..core.minimum import Minimum
+from ..core.ports import Clock
 from ..core.tiles import WIDTH, Edge
 from . import wire
 from .compression import BROKEN, SUFFIXES, Form, compressed, decompressed
@@ -57,7 +58,7 @@ class FilesArchive:
 
     def choose(self, before: float, position: int) -> list[Sealed]:
         """The oldest segments that may go if all their events are older than that, of a log with so
-        many events. # format §10.2
+        many events. # format §11.2
 
         Raises:
             LogDamaged: the log is not what was signed.
@@ -103,7 +104,7 @@ class FilesArchive:
 
     def copy(self, chosen: Sequence[Sealed], to: Target, tell: Tell) -> Minimum:
         """Return when all of them are on stable storage there too, and what was written is known to
-        be what was signed; what the minimum will be then. # format §10.3
+        be what was signed; what the minimum will be then. # format §11.3
 
         Raises:
             AnotherLog: there are other files of those names. Nothing was removed.
@@ -139,11 +140,16 @@ class FilesArchive:
     # --- removing ---------------------------------------------------------------------------
 
     def remove(self, minimum: Minimum | None) -> int:
-        """Raise the minimum index, and remove the segments below it; how many that were. Only with
-        the commit lock: whoever follows the log expects the next segment where the last one ended.
+        """Raise the minimum index, and remove the segments below it; how many that were.
 
         None: only what an interrupted archiving left.
         """
+        # Nobody commits meanwhile: whoever follows the log expects the next segment where the last
+        # one ended.
+        with self._commit_lock():
+            return self._remove(minimum)
+
+    def _remove(self, minimum: Minimum | None) -> int:
         if minimum is not None and self._staged(minimum.minimum):
             raise LogUnavailable("changes are staged that wait for room")
         if minimum is not None and self._minimum < minimum.minimum:
@@ -154,6 +160,16 @@ class FilesArchive:
         if gone:
             self._durable.sync_path(self._layout.events)
         return len(gone)
+
+    @contextlib.contextmanager
+    def _commit_lock(self) -> Iterator[None]:
+        lock = self._durable.open_slot(self._layout.lock)
+        forking.close_in_children(lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            forking.close(lock)
 
 
 class _Copying:

@@ -1,4 +1,4 @@
-"""Archived segments: how they are compressed, and read again. FORMAT.md §10.3. Blocking."""
+"""Archived segments: how they are compressed, and read again. FORMAT.md §11.3. Blocking."""
 
 import gzip
 import zlib

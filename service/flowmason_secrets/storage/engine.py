@@ -7,9 +7,8 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 from uuid import uuid4
 
 from .. import forking
@@ -25,8 +24,6 @@ from .eventlog import HEADER_BYTES, Archived, EventLog, SegmentLimits
 from .published import Layout, Published
 from .reserve import RESERVE_BYTES, Reserve, ordinary
 from .staging import Journal, Leftovers, sync_published
-
-T = TypeVar("T")
 
 # A journal is settled when it has grown this large, in bytes.
 JOURNAL_LIMIT = 8 << 20
@@ -80,28 +77,13 @@ class Engine:
         except OSError as error:
             self._abandon()
             self._reserve.release(error)
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
         except BaseException:
             self._abandon()
             raise
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
         return self._durable(verdicts)
-
-    def exclusively(self, work: Callable[[], T]) -> T:
-        """Do something while nobody commits; every committed change is published before."""
-        lock = self._acquire()
-        try:
-            self._caught_up(lock)
-            return work()
-        except OSError as error:
-            self._abandon()
-            raise _unavailable(error) from error
-        except BaseException:
-            self._abandon()
-            raise
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
 
     def seal_journal(self) -> Journal | None:
         """Take the journal out of use, to be settled: in this thread, the settling in any other."""
@@ -118,7 +100,7 @@ class Engine:
             self._env.durable.create(draft, bytes(HEADER_BYTES), PRIVATE_FILE, sync=False)
             self._env.durable.unlink(draft)
         except OSError as error:
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
 
     def keep_reserve(self) -> None:
         """See `Store.watch`."""
@@ -126,7 +108,7 @@ class Engine:
         try:
             self._reserve.keep()
         except OSError as error:
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
@@ -154,7 +136,7 @@ class Engine:
                 forking.close(self._lock)
                 self._lock = None
         except OSError as error:
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
 
     def _open_lock(self) -> int:
         layout, durable = self._env.layout, self._env.durable
@@ -173,13 +155,12 @@ class Engine:
 
     def _caught_up(self, lock: int) -> EventLog:
         """The log with everything in it that any process has appended, and all of it published."""
-        log = self._log
         try:
-            behind = log is not None and log.changed()
+            behind = self._log is not None and self._log.changed()
         except Archived:
             # What happened since can't be read any more here: as if it began now.
             self._abandon()
-            log = None
+        log = self._log
         if log is None:
             return self._open(lock)
         if behind:
@@ -277,8 +258,7 @@ class Engine:
         rest = [intent for intent in batch if not ordinary(intent.event)]
         decided = iter(self._commit(rest, log, lock))
         return [
-            unavailable(OSError(errno.ENOSPC, _KEPT)) if ordinary(intent.event) else next(decided)
-            for intent in batch
+            LogUnavailable(_KEPT) if ordinary(intent.event) else next(decided) for intent in batch
         ]
 
     def _again(
@@ -289,7 +269,7 @@ class Engine:
         log = self._caught_up(lock)
         if any(line["id"] in ids for line in log.lines(position)):
             # Some got into the log. That is allowed for what is not acknowledged, but once only.
-            return [unavailable(error) if intent.event else STALE for intent in batch]
+            return [LogUnavailable.of(error) if intent.event else STALE for intent in batch]
         return self._commit_without_ordinary(batch, log, lock)
 
     def _commit(self, batch: Sequence[Intent], log: EventLog, lock: int) -> list[Verdict]:
@@ -312,7 +292,7 @@ class Engine:
             if self._reserve.release(error):
                 return self._again(batch, position, lock, error)
             for index, _ in admission.events:
-                verdicts[index] = unavailable(error)
+                verdicts[index] = LogUnavailable.of(error)
         return verdicts
 
     def _durable(self, verdicts: list[Verdict]) -> list[Verdict]:
@@ -329,7 +309,7 @@ class Engine:
             # What needs no event is answered all the same.
             self._abandon()
             self._reserve.release(error)
-            return [unavailable(error) if isinstance(v, Receipt) else v for v in verdicts]
+            return [LogUnavailable.of(error) if isinstance(v, Receipt) else v for v in verdicts]
         self._unsynced = False
         return verdicts
 
@@ -413,10 +393,6 @@ class Engine:
             self._journal.close()
             self._journal = None
         self._env.cache.clear()
-
-
-def unavailable(error: OSError) -> LogUnavailable:
-    return LogUnavailable(error.strerror or str(error) or type(error).__name__)
 
 
 def _published_up_to(lock: int) -> int:

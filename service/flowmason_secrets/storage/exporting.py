@@ -1,4 +1,4 @@
-"""Exporting the log of a data directory in the static layout. FORMAT.md §11. Blocking."""
+"""Exporting the log of a data directory in the static layout. FORMAT.md §12. Blocking."""
 
 from pathlib import Path
 

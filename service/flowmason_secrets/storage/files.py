@@ -14,11 +14,13 @@ from typing import TypeVar
 import aiofiles.os
 
 from .. import forking
+from ..core.errors import LogUnavailable
 from ..core.intents import Intent
+from ..core.minimum import Minimum
 from ..core.names import secret_id
-from ..core.ports import Chunk, Minimum, Space, Verdict
+from ..core.ports import Chunk, Space, Verdict
 from ..core.records import ApiKey, Inventory, Metadata, SecretRecord
-from .engine import JOURNAL_LIMIT, Engine, Environment, unavailable
+from .engine import JOURNAL_LIMIT, Engine, Environment
 from .eventlog import ChunkReader, read_line
 from .minimum import MinimumFile
 from .reserve import Reserve
@@ -109,16 +111,6 @@ class FilesStore:
             self._settling = asyncio.create_task(self._settle())
         return verdicts
 
-    async def exclusively(self, work: Callable[[], T]) -> T:
-        """Do something blocking while no process commits; every committed change is published
-        before, if there is room.
-
-        Raises:
-            LogUnavailable: it failed, or the log could not be read.
-        """
-        result: T = await aiofiles.os.wrap(self._engine.exclusively)(work, executor=self._committer)
-        return result
-
     async def probe(self) -> None:
         """See `Store.probe`."""
         await aiofiles.os.wrap(self._engine.probe)(executor=self._readers)
@@ -128,7 +120,7 @@ class FilesStore:
         try:
             found: Space = await aiofiles.os.wrap(self._reserve.space)(executor=self._readers)
         except OSError as error:
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
         return found
 
     async def watch(self) -> bool:

@@ -7,8 +7,9 @@ from ..core import times
 from ..core.errors import LogDamaged
 from ..core.events import Event, Receipt
 from ..core.intents import Changes, Intent, admit
+from ..core.minimum import Minimum
 from ..core.names import org_hash, secret_hash
-from ..core.ports import STALE, Chunk, Minimum, Sources, Space, Verdict
+from ..core.ports import STALE, Chunk, Sources, Space, Verdict
 from ..core.records import (
     ApiKey,
     DropSecret,

@@ -1,4 +1,4 @@
-"""The minimum index: which events were archived. FORMAT.md §10.1. Blocking."""
+"""The minimum index: which events were archived. FORMAT.md §11.1. Blocking."""
 
 import os
 from base64 import b64decode, b64encode
@@ -8,7 +8,7 @@ from pathlib import Path
 import orjson
 
 from ..core.errors import LogDamaged
-from ..core.ports import Minimum
+from ..core.minimum import Minimum
 from .durable import SHARED_FILE, Durable
 
 NOTHING_ARCHIVED = Minimum()

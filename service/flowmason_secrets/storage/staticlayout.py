@@ -1,4 +1,4 @@
-"""The static layout of a log, for whoever verifies it: C2SP tlog-tiles. FORMAT.md §11. Blocking."""
+"""The static layout of a log, for whoever verifies it: C2SP tlog-tiles. FORMAT.md §12. Blocking."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,8 @@ from ..core import checkpoint
 from ..core.checkpoint import Checkpoint
 from ..core.errors import AnotherLog, LogDamaged
 from ..core.merkle import Unverified, leaf_hashes, subtree_root
-from ..core.ports import Chunk, Minimum
+from ..core.minimum import Minimum
+from ..core.ports import Chunk
 from ..core.tiles import (
     ENTRIES,
     WIDTH,
