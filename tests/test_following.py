@@ -361,7 +361,7 @@ async def test_the_end_does_not_wait_for_who_does_not_read() -> None:
         assert raw.transport is not None
         raw.transport.set_write_buffer_limits(0)
         raw.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        sending = flow.Flow(raw, "text/plain")
+        sending = flow.Flow(raw, "text/plain", {})
         # Too little to wait for its reader before the end.
         await sending.pour(pieces())
         began = time.monotonic()

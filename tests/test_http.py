@@ -1024,6 +1024,7 @@ RAISED: list[tuple[errors.SecretsError, int, str, dict[str, object], dict[str, s
     (errors.NotCosigned(), 404, "not_cosigned", {}, {}),
     (errors.CheckpointPending(), 503, "checkpoint_pending", {}, {"Retry-After": "1"}),
     (errors.SecretExpired("N", "2020"), 410, "secret_expired", {}, {}),
+    (errors.EventArchived(7), 410, "event_archived", {"minimum": 7}, {}),
     (errors.PreconditionFailed("N", None), 412, "precondition_failed", {}, {}),
     (
         errors.DecryptionFailed("N", "k1", ("k2", "k3")),
@@ -1037,6 +1038,7 @@ RAISED: list[tuple[errors.SecretsError, int, str, dict[str, object], dict[str, s
     (errors.Overloaded(), 503, "overloaded", {}, {"Retry-After": "1"}),
     (errors.IndexUnavailable("full"), 503, "index_unavailable", {}, {"Retry-After": "1"}),
     (errors.LogDamaged("d"), 503, "log_damaged", {}, {}),
+    (errors.AnotherLog("a"), 500, "another_log", {}, {}),
     (errors.ConfigurationError("c"), 500, "configuration", {}, {}),
     (errors.RotationIncomplete(["N"], 3), 500, "rotation_incomplete", {}, {}),
 ]

@@ -20,6 +20,7 @@ from flowmason_secrets.core import times
 from flowmason_secrets.core.access import Principal
 from flowmason_secrets.core.errors import IndexUnavailable, LogDamaged
 from flowmason_secrets.core.events import Line
+from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
 from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
 from flowmason_secrets.core.records import Metadata
@@ -131,6 +132,9 @@ class FakeLog:
             data = b"".join(line + b"\n" for line in self.lines[first:end])
             yield Chunk(first, segment, sum(len(line) + 1 for line in before), data)
             first = end
+
+    def minimum(self) -> Minimum:
+        return Minimum(self.archived)
 
     def line(self, segment: int, offset: int) -> bytes:
         if segment < self.archived or segment >= len(self.lines):

@@ -4,6 +4,7 @@ rsyslog and syslog-ng run with the very configurations of `deploy/shippers`, but
 """
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from flowmason_secrets.storage.eventlog import (
 )
 from flowmason_secrets.storage.published import Layout
 
+from .harness.grown import drop_oldest
 from .harness.load import Known, Seen, read_on, until_gone, write_on
 from .harness.server import ServerProcess, issue_key, session
 from .harness.shippers import (
@@ -116,14 +118,22 @@ class Log:
         with (self.events / segment_name(self.firsts()[-1])).open("ab") as file:
             file.write(tail)
 
+    def staged_from(self) -> float:
+        """From which event on recovery looks into the log."""
+        journals = (self.events.parent / "staged").glob("*.journal")
+        return min((int(path.name[:12]) for path in journals), default=float("inf"))
+
     async def remove_shipped(self, collector: Collector) -> None:
         """Remove old segments of which all has arrived, until it is cancelled."""
         while True:
-            for first in self.firsts()[:-STAYING]:
+            firsts = self.firsts()
+            for first, following in itertools.pairwise(firsts[: 1 - STAYING]):
                 lines = self.segment(first)
                 await collector.all_of(lines)
+                if self.staged_from() < following:
+                    break
                 self.removed[first] = lines
-                (self.events / segment_name(first)).unlink()
+                drop_oldest(self.events.parent, 1)
             await asyncio.sleep(0.005)
 
 

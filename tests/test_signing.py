@@ -18,7 +18,7 @@ import pytest
 from flowmason_secrets import app
 from flowmason_secrets import signer as signer_module
 from flowmason_secrets.config import from_environment
-from flowmason_secrets.core import merkle, tlogproof
+from flowmason_secrets.core import tlogproof
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.checkpoint import Checkpoint
 from flowmason_secrets.core.drafts import Draft
@@ -28,10 +28,11 @@ from flowmason_secrets.core.note import Signer
 from flowmason_secrets.library import AsyncSecretsService
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage.durable import Durable
-from flowmason_secrets.storage.eventlog import SegmentLimits
+from flowmason_secrets.storage.eventlog import SegmentLimits, segment_name
 from flowmason_secrets.storage.signing import SigningKey
 
 from .harness.faults import PowerOff, Unplugged, Watched
+from .harness.grown import drop_oldest
 from .harness.load import read_log
 from .harness.loss import Volatile
 from .harness.server import MASTER_KEY, ServerProcess, issue_key, serving, session, settings_for
@@ -480,15 +481,24 @@ async def test_without_history_and_checkpoint_it_begins_anew(place: Place) -> No
 
 
 async def test_archived_segments_are_not_needed(place: Place) -> None:
-    """Only those that are being written to; but without tiles the tree can't be computed."""
-    leaves = merkle.leaf_hashes(raw_lines(place.root))
-    place.segments[0].unlink()
-    service = await app.open_service(settings_for(place.root), signs=True)
-    await service.close()
-    assert newest(place.root).size == len(leaves)
+    """Nor are their tiles: what is left gives the same root."""
+    await (await app.open_service(settings_for(place.root))).close()
+    size = len(raw_lines(place.root))
+    aside = place.segments[0].rename(place.root / "aside")
     without_tiles(place)
-    with pytest.raises(LogDamaged, match="Event 0 of the log is not there"):
+    with pytest.raises(LogDamaged, match="event 0 of the log is missing"):
         await app.open_service(settings_for(place.root), signs=True)
+    aside.rename(place.root / "events" / segment_name(0))
+    drop_oldest(place.root, 1)
+    for tiles in (True, False):
+        if not tiles:
+            without_tiles(place)
+        service = await app.open_service(settings_for(place.root), signs=True)
+        await service.get(ACME, "N")
+        await service.close()
+        assert newest(place.root).size > size
+        size = newest(place.root).size
+        assert tree_of(place.root).prove(size - 1) is not None
 
 
 # --- durable before signed --------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """The composition root: the only place that names a concrete store."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import pwd
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import config
 from .config import PREFIX, Settings
@@ -26,6 +29,9 @@ from .storage.keysources import FixedKeys, KeyFile, Naming
 from .storage.published import Layout, Published
 from .storage.signedtree import FilesTree
 from .storage.signing import SigningKey
+
+if TYPE_CHECKING:
+    from .archiving import Archiving
 
 _log = logging.getLogger("flowmason_secrets")
 
@@ -48,8 +54,47 @@ async def open_service(
         LogDamaged: the event log contradicts itself, or what was signed.
         ConfigurationError: the key that signs the log can't be used, or those of the witnesses.
     """
-    links = _links(settings) if signs else ()
+    service, _ = await _assembled(settings, durable or Durable(), signs=signs)
+    await _opened(service, signs=signs)
+    return service
+
+
+@contextlib.asynccontextmanager
+async def open_archiving(
+    settings: Settings, durable: Durable | None = None
+) -> AsyncIterator["Archiving"]:
+    """Open the data directory for archiving, for the duration of a block.
+
+    Raises:
+        LogUnavailable, LogDamaged, ConfigurationError: see `open_service`.
+    """
+    # Only one command needs it, and others start faster without it.
+    from .archiving import Archiving
+    from .storage.archive import FilesArchive
+
     durable = durable or Durable()
+    service, parts = await _assembled(settings, durable, signs=False)
+    await _opened(service, signs=False)
+    layout, sources = parts.environment.layout, parts.environment.sources
+    tree = FilesTree(layout, durable, SigningKey(settings.signing_key, durable), sources.clock)
+    archive = FilesArchive(layout, durable, tree, sources.clock)
+    try:
+        yield Archiving((parts.store, parts.projections), service.gate, archive, sources)
+    finally:
+        await service.close()
+
+
+class _Parts(NamedTuple):
+    """What a service was made of."""
+
+    environment: Environment
+    store: FilesStore
+    projections: SqliteIndex
+
+
+async def _assembled(
+    settings: Settings, durable: Durable, *, signs: bool
+) -> tuple[Service, _Parts]:
     source = await asyncio.to_thread(key_source, settings, durable)
     keyring = Keyring(await asyncio.to_thread(source.load))
     layout = Layout(settings.root)
@@ -69,8 +114,13 @@ async def open_service(
     )
     master = MasterKeys(keyring, source, lambda: store.position)
     tree = FilesTree(layout, durable, SigningKey(settings.signing_key, durable), sources.clock)
+    links = _links(settings) if signs else ()
     backend = Backend(store, index, tree, links)
     service = Service(backend, master, sources, settings.queue_limit, settings.free_space_warning)
+    return service, _Parts(environment, store, index)
+
+
+async def _opened(service: Service, *, signs: bool) -> None:
     try:
         await service.recover()
         if signs:
@@ -79,7 +129,6 @@ async def open_service(
     except BaseException:
         await service.close()
         raise
-    return service
 
 
 def _links(settings: Settings) -> tuple[WitnessLink, ...]:

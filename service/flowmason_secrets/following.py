@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 from .attempts import Path
 from .core.access import FULL, READ, Caller
-from .core.errors import InvalidInput, Overloaded, SecretsError, Unauthenticated
+from .core.errors import EventArchived, InvalidInput, Overloaded, SecretsError, Unauthenticated
 from .core.events import Entry
 from .core.intents import Intent
 from .core.ports import AuditQuery, Clock, Index, Store
@@ -74,14 +74,18 @@ class Following:
 
         Raises:
             InvalidInput: the log has no such event.
+            EventArchived: events after that one are not there any more.
             Denied: recorded in the log.
         """
         position = await self._permit(caller)
+        minimum = (await self._index.minimum()).minimum
         if query.after is None:
             # Not the newest of all: how many events others have is not told.
             newest = query._replace(limit=1, allow=caller.principal.allow)
             found = await self._index.audit(newest, position)
-            return query._replace(after=found[0]["seq"] if found else 0)
+            return query._replace(after=found[0]["seq"] if found else max(0, minimum - 1))
+        if query.after < minimum - 1:
+            raise EventArchived(minimum)
         if query.after >= position:
             raise InvalidInput("after", "this log has no such event yet; was it another log's?")
         return query
@@ -92,6 +96,7 @@ class Following:
         Raises:
             Denied: recorded in the log.
             Unauthenticated: the API key was revoked in the meantime.
+            EventArchived: what comes next was archived in the meantime.
         """
         position = await self._permit(caller)
         query = query._replace(after=-1, allow=caller.principal.allow)
@@ -108,6 +113,7 @@ class Following:
 
         Raises:
             Unauthenticated: the API key was revoked, or has expired.
+            EventArchived: the reader was so slow that what comes next was archived.
             LogUnavailable, IndexUnavailable: it can't be found out now what is new.
         """
         query = query._replace(allow=caller.principal.allow)

@@ -194,6 +194,15 @@ class Service:
         position = await self._audit_position(caller)
         return await self._index.audit(query._replace(allow=caller.principal.allow), position)
 
+    async def complete_since(self) -> str | None:
+        """The time from which on the answers until now have all events; None if that is the
+        beginning: nothing was archived.
+
+        Raises:
+            LogDamaged: it can't be found out.
+        """
+        return (await self._index.minimum()).complete_since
+
     async def audit_summary(
         self, caller: Caller, query: AuditQuery, grouping: Grouping
     ) -> list[Count]:

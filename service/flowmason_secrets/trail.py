@@ -10,7 +10,13 @@ import aiofiles.os
 
 from .attempts import Path
 from .core.access import FULL, READ, Caller
-from .core.errors import CheckpointPending, EventNotFound, NotCosigned, TileNotFound
+from .core.errors import (
+    CheckpointPending,
+    EventArchived,
+    EventNotFound,
+    NotCosigned,
+    TileNotFound,
+)
 from .core.ports import AuditQuery, Backend
 from .core.tiles import Tile
 from .core.witness import WitnessState
@@ -72,6 +78,7 @@ class Trail:
         Raises:
             Denied: recorded in the log.
             EventNotFound: it is of another organisation, or not there.
+            EventArchived: whoever has the archive can prove it.
             CheckpointPending: no checkpoint covers it after two seconds.
             NotCosigned: there is no cosigned checkpoint at all.
             LogDamaged: the log is not the one that was signed.
@@ -79,6 +86,9 @@ class Trail:
         position = await self._path.permit(
             caller, "log.proof", "log", lambda who: who.require(_FULL_OR_READ)
         )
+        minimum = (await self._index.minimum()).minimum
+        if seq < minimum:
+            raise EventArchived(minimum)
         who = caller.principal
         query = AuditQuery(who.org_id, before=seq + 1, limit=1, allow=who.allow)
         found = await self._index.audit(query, position)

@@ -1,11 +1,14 @@
 // Verifies a log in the static layout of C2SP tlog-tiles with golang.org/x/mod/sumdb/note and tlog,
 // which Go's own checksum database is verified with.
 //
-//	verify DIR VERIFIER-KEY [OLDER-CHECKPOINT | PROOF.tlog-proof]...
+//	verify DIR VERIFIER-KEY [from=MINIMUM] [OLDER-CHECKPOINT | PROOF.tlog-proof]...
 //
 // checks the signature and the root of DIR/checkpoint, every hash of every tile, an inclusion proof
 // of every entry, and that each older checkpoint is signed and a prefix of the log, or that each
 // proof shows its entry. It prints the size of the log.
+//
+// With a minimum index, what lies before it need not be there: hashes come from the tiles, as a client
+// of such a log gets them, and each is verified up to the root.
 package main
 
 import (
@@ -31,14 +34,25 @@ func main() {
 	check(err)
 	known := note.VerifierList(verifier)
 	tree := open(read(filepath.Join(dir, "checkpoint")), known)
-	hashes, entries := load(dir, tree)
-	checkTiles(dir, tree, hashes)
-	for index, entry := range entries {
-		proof, err := tlog.ProveRecord(tree.N, int64(index), hashes)
+	more := os.Args[3:]
+	var hashes tlog.HashReader
+	var entries map[int64][]byte
+	if len(more) > 0 && strings.HasPrefix(more[0], "from=") {
+		minimum, err := strconv.ParseInt(strings.TrimPrefix(more[0], "from="), 10, 64)
 		check(err)
-		check(tlog.CheckRecord(proof, tree.N, tree.Hash, int64(index), tlog.RecordHash(entry)))
+		more = more[1:]
+		hashes = tlog.TileHashReader(tree, tiles(dir))
+		entries = loadFrom(dir, tree, minimum)
+	} else {
+		hashes, entries = load(dir, tree)
+		checkTiles(dir, tree, hashes)
 	}
-	for _, path := range os.Args[3:] {
+	for index, entry := range entries {
+		proof, err := tlog.ProveRecord(tree.N, index, hashes)
+		check(err)
+		check(tlog.CheckRecord(proof, tree.N, tree.Hash, index, tlog.RecordHash(entry)))
+	}
+	for _, path := range more {
 		if strings.HasSuffix(path, ".tlog-proof") {
 			checkProof(read(path), known, entries)
 			continue
@@ -68,7 +82,7 @@ func open(data []byte, known note.Verifiers) tlog.Tree {
 }
 
 // load reads all entries and makes the hashes of the tree from nothing but them.
-func load(dir string, tree tlog.Tree) (tlog.HashReader, [][]byte) {
+func load(dir string, tree tlog.Tree) (tlog.HashReader, map[int64][]byte) {
 	var hashes []tlog.Hash
 	reader := tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
 		var found []tlog.Hash
@@ -77,23 +91,11 @@ func load(dir string, tree tlog.Tree) (tlog.HashReader, [][]byte) {
 		}
 		return found, nil
 	})
-	var entries [][]byte
-	for number := int64(0); number*256 < tree.N; number++ {
-		width := min(256, tree.N-number*256)
-		tile := tlog.Tile{H: 8, L: 0, N: number, W: int(width)}
-		path := strings.Replace(tile.Path(), "tile/8/0/", "tile/entries/", 1)
-		for data := read(filepath.Join(dir, path)); len(data) > 0; {
-			end := 2 + int(binary.BigEndian.Uint16(data))
-			entry := data[2:end]
-			data = data[end:]
-			stored, err := tlog.StoredHashes(int64(len(entries)), entry, reader)
-			check(err)
-			hashes = append(hashes, stored...)
-			entries = append(entries, entry)
-		}
-	}
-	if int64(len(entries)) != tree.N {
-		fail("%d entries in a log of %d", len(entries), tree.N)
+	entries := loadFrom(dir, tree, 0)
+	for index := int64(0); index < tree.N; index++ {
+		stored, err := tlog.StoredHashes(index, entries[index], reader)
+		check(err)
+		hashes = append(hashes, stored...)
 	}
 	root, err := tlog.TreeHash(tree.N, reader)
 	check(err)
@@ -102,6 +104,46 @@ func load(dir string, tree tlog.Tree) (tlog.HashReader, [][]byte) {
 	}
 	return reader, entries
 }
+
+// loadFrom reads the entries of all bundles that do not end before the minimum index.
+func loadFrom(dir string, tree tlog.Tree, minimum int64) map[int64][]byte {
+	entries := make(map[int64][]byte)
+	for number := minimum / 256; number*256 < tree.N; number++ {
+		width := min(256, tree.N-number*256)
+		tile := tlog.Tile{H: 8, L: 0, N: number, W: int(width)}
+		path := strings.Replace(tile.Path(), "tile/8/0/", "tile/entries/", 1)
+		index := number * 256
+		for data := read(filepath.Join(dir, path)); len(data) > 0; index++ {
+			end := 2 + int(binary.BigEndian.Uint16(data))
+			entries[index] = data[2:end]
+			data = data[end:]
+		}
+		if index != number*256+width {
+			fail("%d entries in a bundle of %d", index-number*256, width)
+		}
+	}
+	return entries
+}
+
+// tiles reads the tiles below a directory.
+type tiles string
+
+func (dir tiles) Height() int { return 8 }
+
+func (dir tiles) ReadTiles(wanted []tlog.Tile) ([][]byte, error) {
+	var found [][]byte
+	for _, tile := range wanted {
+		path := strings.Replace(tile.Path(), "tile/8/", "tile/", 1)
+		data, err := os.ReadFile(filepath.Join(string(dir), path))
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, data)
+	}
+	return found, nil
+}
+
+func (dir tiles) SaveTiles([]tlog.Tile, [][]byte) {}
 
 func checkTiles(dir string, tree tlog.Tree, hashes tlog.HashReader) {
 	for level := 0; tree.N>>(8*level) > 0; level++ {
@@ -119,7 +161,7 @@ func checkTiles(dir string, tree tlog.Tree, hashes tlog.HashReader) {
 	}
 }
 
-func checkProof(data []byte, known note.Verifiers, entries [][]byte) {
+func checkProof(data []byte, known note.Verifiers, entries map[int64][]byte) {
 	head, signed, _ := bytes.Cut(data, []byte("\n\n"))
 	lines := strings.Split(string(head), "\n")
 	if lines[0] != "c2sp.org/tlog-proof@v1" {

@@ -13,15 +13,16 @@ _SOURCE = Path(__file__).parents[1] / "go" / "verify.go"
 _PACKAGES = Path("/usr/share/gocode")
 
 
-def go_verify(log: Path, vkey: str, *more: Path) -> int:
-    """The size of a log in the static layout, all of which Go has verified; `more` are older
-    checkpoints, and proofs.
+def go_verify(log: Path, vkey: str, *more: Path, minimum: int = 0) -> int:
+    """The size of a log in the static layout, all of which Go has verified, or what there is from a
+    minimum index on; `more` are older checkpoints, and proofs.
 
     Raises:
         AssertionError: Go refuses it; the message says why.
     """
+    since = [f"from={minimum}"] if minimum else []
     ended = subprocess.run(
-        [_program(), log, vkey, *more], capture_output=True, text=True, check=False
+        [_program(), log, vkey, *since, *more], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
     return int(ended.stdout)

@@ -13,7 +13,7 @@ PATIENCE = 30.0
 class Flow:
     """One such answer. It begins with its first piece: until then, another one can be given."""
 
-    def __init__(self, raw: BaseRequest, content_type: str) -> None:
+    def __init__(self, raw: BaseRequest, content_type: str, headers: dict[str, str]) -> None:
         self._raw = raw
         # Whether a piece was begun that is not the transport's yet.
         self._sending = False
@@ -24,6 +24,7 @@ class Flow:
                 # nginx would keep the pieces until it has many.
                 "X-Accel-Buffering": "no",
                 "Server": "flowmason",
+                **headers,
             }
         )
 

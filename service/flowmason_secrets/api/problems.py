@@ -47,6 +47,8 @@ def problem_response(error: SecretsError, request_id: str) -> Answer:
         problem = msgspec.structs.replace(problem, field=error.field)
     elif isinstance(error, errors.DecryptionFailed):
         problem = msgspec.structs.replace(problem, key_id=error.key_id, held=list(error.held))
+    elif isinstance(error, errors.EventArchived):
+        problem = msgspec.structs.replace(problem, minimum=error.minimum)
     elif isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="flowmason-secrets"'
     elif isinstance(error, _PASSING):

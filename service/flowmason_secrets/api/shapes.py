@@ -75,12 +75,15 @@ class AuditCount(msgspec.Struct, frozen=True):
 
 
 class AuditSummary(msgspec.Struct, frozen=True):
-    """How many events there are, in the order of time; where there are none, there is no count."""
+    """How many events there are, in the order of time; where there are none, there is no count.
+    With `complete_since`, older events were archived, and are not counted.
+    """
 
     by: str
     bucket: str
     total: int
     counts: list[AuditCount]
+    complete_since: str | None
 
 
 class ApiKeyIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -181,7 +184,9 @@ class Health(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error, after RFC 9457. `code` is stable; `field` names what was wrong in the request."""
+    """An error, after RFC 9457. `code` is stable; `field` names what was wrong in the request.
+    `minimum` is the `seq` of the first event that was not archived.
+    """
 
     code: str
     title: str
@@ -191,6 +196,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     field: str | None = None
     key_id: str | None = None
     held: list[str] | None = None
+    minimum: int | None = None
 
 
 def audit_out(line: Line) -> AuditEntry:
@@ -223,10 +229,12 @@ def audit_out(line: Line) -> AuditEntry:
     )
 
 
-def audit_summary(by: str, bucket: str, counts: Sequence[Count]) -> AuditSummary:
+def audit_summary(
+    by: str, bucket: str, counts: Sequence[Count], complete_since: str | None
+) -> AuditSummary:
     """The wire form of counts of events."""
     shown = [AuditCount(times.render(start), key, events) for start, key, events in counts]
-    return AuditSummary(by, bucket, sum(one.count for one in shown), shown)
+    return AuditSummary(by, bucket, sum(one.count for one in shown), shown, complete_since)
 
 
 def key_counts(usage: Sequence[KeyUsage]) -> list[KeyCount]:

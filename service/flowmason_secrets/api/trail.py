@@ -35,6 +35,9 @@ BUCKETS = {"day": 86400, "hour": 3600}
 GROUPS: tuple[Group, ...] = get_args(Group)
 COUNTS = 10_000
 
+# The time from which on an answer has all events; before it some were archived.
+COMPLETE_SINCE = "Audit-Complete-Since"
+
 # How many events a stream holds at once for a reader: below a mebibyte.
 _HELD = 100
 
@@ -62,11 +65,11 @@ async def get_audit_log(service: Service, call: Call) -> Answer:
         raise InvalidInput("after", "goes with neither cursor nor offset")
     else:
         lines = await _newer(service, call, wanted, wait)
-    headers: dict[str, str] = {}
+    headers = await _complete_since(service)
     if len(lines) > limit:
         last = lines[limit - 1]["seq"]
         link = paging.link if wanted.after is None else paging.link_after
-        headers = link(call, str(last))
+        headers |= link(call, str(last))
     return json_answer([shapes.audit_out(line) for line in lines[:limit]], headers=headers)
 
 
@@ -76,16 +79,18 @@ async def summarise_audit_log(service: Service, call: Call) -> Answer:
     bucket = requests.choice(call.query, "bucket", tuple(BUCKETS))
     grouping = Grouping(by, BUCKETS[bucket], COUNTS)
     counts = await service.audit_summary(call.caller, _query(call), grouping)
-    return json_answer(shapes.audit_summary(by, bucket, counts))
+    headers = await _complete_since(service)
+    since = headers.get(COMPLETE_SINCE)
+    return json_answer(shapes.audit_summary(by, bucket, counts, since), headers=headers)
 
 
 async def stream_audit_log(service: Service, call: Call) -> web.StreamResponse:
     """The events of the organisation as they come, as server-sent events."""
     following = service.following
     wanted = _query(call, after=_resume(call), limit=_HELD)
-    flow = Flow(call.raw, "text/event-stream")
     async with following.place():
         begun = await following.begin(call.caller, wanted)
+        flow = Flow(call.raw, "text/event-stream", await _complete_since(service))
         pages = following.follow(call.caller, begun)
         await flow.pour(_messages(pages, begun.after or 0))
     return await flow.end(_FAREWELL)
@@ -97,10 +102,10 @@ async def export_audit_log(service: Service, call: Call) -> web.StreamResponse:
     if form is None:
         raise InvalidInput("format", f"must be one of {', '.join(FORMATS)}")
     wanted = _query(call, limit=paging.PAGE)
-    flow = Flow(call.raw, form.content_type)
     async with service.following.place(to_the_end=True):
         pages = service.following.export(call.caller, wanted)
         first: list[Entry] = await anext(pages, [])
+        flow = Flow(call.raw, form.content_type, await _complete_since(service))
         try:
             await flow.pour(rendered(form, _again(first, pages)))
         except SecretsError as error:
@@ -143,6 +148,12 @@ def _resume(call: Call) -> int | None:
     if header is None:
         return None
     return requests.number({"after": header}, "after", 0, _LAST)
+
+
+async def _complete_since(service: Service) -> dict[str, str]:
+    """The header that says so, of an answer that is known by now; none if nothing was archived."""
+    since = await service.complete_since()
+    return {} if since is None else {COMPLETE_SINCE: since}
 
 
 async def _newer(service: Service, call: Call, wanted: AuditQuery, wait: int) -> list[Line]:

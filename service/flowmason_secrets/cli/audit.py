@@ -84,7 +84,13 @@ def show(place: Place, query: AuditQuery, limit: int, as_json: bool) -> None:
 
     On a data directory without --org: the events of all organisations, and the log's own.
     """
-    found = perform(place, lambda target: target.audit(query._replace(limit=limit)))
+
+    async def work(target: Target) -> list[AuditEntry]:
+        found = await target.audit(query._replace(limit=limit))
+        _note_archived(target, query)
+        return found
+
+    found = perform(place, work)
     if as_json:
         output.document(found)
     elif not found:
@@ -125,8 +131,15 @@ def export(place: Place, query: AuditQuery, form: str, out: Path | None) -> None
             from .files import write_whole
 
             await write_whole(out, pieces)
+        _note_archived(target, query)
 
     perform(place, work)
+
+
+def _note_archived(target: Target, query: AuditQuery) -> None:
+    since = target.complete_since
+    if since is not None and (query.since is None or query.since < times.parse_stored(since)):
+        output.note(f"Older events were archived; this is complete since {since}.")
 
 
 async def _print(pieces: AsyncIterator[bytes]) -> None:

@@ -30,6 +30,7 @@ class LocalTarget:
         self._org_id = org_id
         # The stand-in is recorded nowhere: an audit query of a local caller is never refused.
         self._caller = app.local_caller("-" if org_id is None else org_id)
+        self.complete_since: str | None = None
 
     async def get(self, name: str) -> shapes.SecretValue:
         metadata, value, _ = await self._service.get(self._caller, name)
@@ -65,6 +66,7 @@ class LocalTarget:
     async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:
         query = query._replace(org_id=self._org_id)
         lines = await self._service.audit(self._caller, query)
+        self.complete_since = await self._service.complete_since()
         if self._org_id is not None:
             return [shapes.audit_out(line) for line in lines]
         return [
@@ -74,9 +76,12 @@ class LocalTarget:
             for line in lines
         ]
 
-    def export(self, form: str, query: AuditQuery) -> AsyncIterator[bytes]:
+    async def export(self, form: str, query: AuditQuery) -> AsyncIterator[bytes]:
         query = query._replace(org_id=self._org_id, limit=paging.PAGE)
-        return rendered(FORMATS[form], self._service.following.export(self._caller, query))
+        pages = self._service.following.export(self._caller, query)
+        async for piece in rendered(FORMATS[form], pages):
+            yield piece
+        self.complete_since = await self._service.complete_since()
 
     async def create_key(self, draft: KeyDraft) -> shapes.ApiKeyIssued:
         issued = await self._service.keys.issue(self._caller, draft)

@@ -100,6 +100,7 @@ class RemoteTarget:
     def __init__(self, session: aiohttp.ClientSession, where: Server) -> None:
         self._session = session
         self._where = where
+        self.complete_since: str | None = None
 
     async def get(self, name: str) -> shapes.SecretValue:
         return self._decode(await self._send("GET", _secret(name)), shapes.SecretValue)
@@ -221,6 +222,7 @@ class RemoteTarget:
                 allow_redirects=False,
                 **more,
             ) as response:
+                self.complete_since = response.headers.get("Audit-Complete-Since")
                 yield response
         except TimeoutError:
             raise self._failure(f"did not answer within {_SECONDS} seconds") from None

@@ -38,6 +38,10 @@ class Target(Protocol):
     All of them raise SecretsError or click.ClickException, whose text is safe to show.
     """
 
+    complete_since: str | None
+    """The time from which on the last answer about events has all of them, if some were archived.
+    """
+
     async def get(self, name: str) -> shapes.SecretValue:
         """The value; this read is in the event log."""
 

@@ -158,6 +158,20 @@ class EventNotFound(SecretsError, LookupError):
         self.seq = seq
 
 
+class EventArchived(SecretsError, LookupError):
+    """What was asked for begins with events that were archived; `minimum` is the first one left."""
+
+    code = "event_archived"
+    title = "Event archived"
+
+    def __init__(self, minimum: int) -> None:
+        super().__init__(
+            f"The events before {minimum} were archived. Ask the archive for them, or go on here "
+            f"after {minimum - 1}."
+        )
+        self.minimum = minimum
+
+
 class TileNotFound(SecretsError, LookupError):
     """The newest checkpoint covers no such tile."""
 
@@ -213,6 +227,11 @@ class LogUnavailable(SecretsError):
         self.reason = reason
         self.retry_after = retry_after
 
+    @classmethod
+    def of(cls, error: OSError) -> "LogUnavailable":
+        """What the system says."""
+        return cls(error.strerror or str(error) or type(error).__name__)
+
 
 class Overloaded(SecretsError):
     """More is asked for at once than there is room for. `retry_after` is in seconds."""
@@ -246,6 +265,13 @@ class LogDamaged(SecretsError):
 
     code = "log_damaged"
     title = "Event log damaged"
+
+
+class AnotherLog(SecretsError):
+    """A directory that was to be added to holds something else; nothing was changed there."""
+
+    code = "another_log"
+    title = "Another log"
 
 
 class ConfigurationError(SecretsError):

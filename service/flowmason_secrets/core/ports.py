@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 from .errors import SecretsError
 from .events import Entry, Line, Receipt
 from .intents import Intent
+from .minimum import Minimum
 from .note import Signature, Verifier
 from .records import ApiKey, Inventory, Metadata, SecretRecord
 from .tiles import Tile
@@ -205,6 +206,9 @@ class Tail(Protocol):
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """All lines with `start` <= seq < `stop`, in order, in chunks of about a mebibyte."""
 
+    def minimum(self) -> Minimum:
+        """Which events were archived until now: `chunks` has none of them."""
+
     def line(self, segment: int, offset: int) -> bytes:
         """The line that begins at `offset` of a segment, without its newline."""
 
@@ -229,6 +233,9 @@ class Index(Protocol):
     async def audit(self, query: AuditQuery, position: int) -> list[Line]:
         """Matching events among the first `position` ones, newest first unless `query.after` says
         otherwise.
+
+        Raises:
+            EventArchived: events after `query.after` were archived, unless that is -1.
         """
 
     async def entries(self, query: AuditQuery, position: int) -> list[Entry]:
@@ -246,7 +253,10 @@ class Index(Protocol):
         """Matching secrets sorted by name, as they were after `position` events or later."""
 
     async def organisations(self, position: int) -> list[str]:
-        """The ids of all organisations among the first `position` events."""
+        """The ids of all organisations among the first `position` events, archived ones too."""
+
+    async def minimum(self) -> Minimum:
+        """Which events were archived until now: no answer has any of them."""
 
     async def key_counts(self, position: int) -> dict[str, int]:
         """How many secrets are under each master key, by key id, over all organisations, as it was
@@ -324,6 +334,7 @@ class Tree(Protocol):
         newest that is cosigned; None if that does not cover it yet.
 
         Raises:
+            EventArchived: its line was archived.
             LogDamaged: it is not.
         """
 

@@ -187,6 +187,11 @@ class Edge:
         """The root hash of the tree."""
         return self._frontier.root()
 
+    @property
+    def rows(self) -> tuple[bytes, ...]:
+        """The hashes of the last tile of each level if it is not full, one after the other."""
+        return tuple(b"".join(row) for row in self._rows)
+
     def extend(self, leaves: Sequence[bytes]) -> list[tuple[Tile, bytes]]:
         """Append leaf hashes; returns the tiles that are full now, the lowest level first."""
         before = self.size

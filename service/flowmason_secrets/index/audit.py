@@ -2,6 +2,7 @@
 
 import sqlite3
 
+from ..core.errors import EventArchived
 from ..core.events import Entry, Line
 from ..core.ports import AuditQuery, Tail
 from .candidates import Source
@@ -46,10 +47,24 @@ def search(opened: Open, tail: Tail, query: AuditQuery, position: int) -> list[E
     """The page of a query among the first `position` events. Needs a consistent view.
 
     Raises:
+        EventArchived: see `Index.audit`.
         Damaged: an event that was found is not in the log, or does not match.
     """
-    known = state(opened.connection)
-    wanted = plan(opened.terms, query, min(position, known.position))
+    while True:
+        minimum = tail.minimum().minimum
+        if query.after is not None and -1 < query.after < minimum - 1:
+            raise EventArchived(minimum)
+        try:
+            return _search(opened, tail, query, (minimum, position))
+        except Damaged:
+            # Unless it was archived meanwhile.
+            if tail.minimum().minimum == minimum:
+                raise
+
+
+def _search(opened: Open, tail: Tail, query: AuditQuery, bounds: tuple[int, int]) -> list[Entry]:
+    known, (minimum, position) = state(opened.connection), bounds
+    wanted = plan(opened.terms, query, (minimum, min(position, known.position)))
     page = Page(query.offset, query.limit, query.after is not None)
     if wanted is None or page.full:
         return []

@@ -61,6 +61,8 @@ def verify(connection: sqlite3.Connection, tail: Tail) -> None:
     Damaged: the last event that was indexed is not where the log has it.
     """
     known = state(connection)
+    if known.position and known.position <= tail.minimum().minimum:
+        raise Damaged("the events that follow were archived")
     if known.position:
         _, line = fetch(tail, known.position - 1, known.segment, known.offset)
         if line["id"] != known.event:

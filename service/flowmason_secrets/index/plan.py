@@ -40,8 +40,11 @@ class Plan(NamedTuple):
         return [term for term in order if term is not None] or [EVERY]
 
 
-def plan(terms: Terms, query: AuditQuery, position: int) -> Plan | None:
-    """The plan of a query among the first `position` events, or None if nothing can match."""
+def plan(terms: Terms, query: AuditQuery, bounds: tuple[int, int]) -> Plan | None:
+    """The plan of a query among the events from one seq up to and without another, or None if
+    nothing can match.
+    """
+    minimum, position = bounds
     kind = query.resource_type
     if query.allow:
         if kind not in (None, "secret"):
@@ -71,7 +74,7 @@ def plan(terms: Terms, query: AuditQuery, position: int) -> Plan | None:
         query.allow if query.name is None else query.name,
         since=_FIRST if query.since is None else _micros(query.since),
         until=_LAST if query.until is None else _micros(query.until),
-        low=0 if query.after is None else max(0, min(query.after + 1, position)),
+        low=max(minimum, 0 if query.after is None else min(query.after + 1, position)),
         high=position if query.before is None else min(position, query.before),
         ascending=query.after is not None,
     )

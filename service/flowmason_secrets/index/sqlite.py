@@ -17,6 +17,7 @@ import aiofiles.os
 
 from ..core.errors import IndexUnavailable, InvalidInput
 from ..core.events import Entry, Line
+from ..core.minimum import Minimum
 from ..core.names import org_hash
 from ..core.ports import AuditQuery, Building, Count, Grouping, ListQuery, Tail
 from ..core.records import Metadata
@@ -94,6 +95,7 @@ class SqliteIndex:
         otherwise.
 
         Raises:
+            EventArchived: events after `query.after` were archived, unless that is -1.
             LogDamaged: the log does not hold `position` events.
             IndexUnavailable: the database can't be written.
         """
@@ -119,11 +121,13 @@ class SqliteIndex:
             IndexUnavailable: the database can't be written.
         """
         counts, rest = summary.Counts(), position
+        # What is archived while it counts, counts all the same.
+        first = (await self.minimum()).minimum
 
         def count(opened: Open) -> tuple[summary.Counts, int]:
             self._catch_up(opened, position)
             with transaction(opened.connection, "deferred"):
-                return summary.count(opened, query, grouping, rest)
+                return summary.count(opened, query, grouping, (first, rest))
 
         # In turns with other queries. Events never change, so the counts belong together.
         while rest:
@@ -152,7 +156,7 @@ class SqliteIndex:
         return found
 
     async def organisations(self, position: int) -> list[str]:
-        """The ids of all organisations among the first `position` events.
+        """The ids of all organisations among the first `position` events, archived ones too.
 
         Raises:
             LogDamaged: the log does not hold `position` events.
@@ -161,9 +165,18 @@ class SqliteIndex:
 
         def found(opened: Open) -> list[str]:
             self._catch_up(opened, position)
-            return opened.terms.organisations()
+            archived = self._tail.minimum().organisations
+            return sorted({*archived, *opened.terms.organisations()})
 
         return await self._hop(found)
+
+    async def minimum(self) -> Minimum:
+        """Which events were archived until now: no answer has any of them.
+
+        Raises:
+            LogDamaged: what says so can't be read.
+        """
+        return await self._run(self._tail.minimum)
 
     async def key_counts(self, position: int) -> dict[str, int]:
         """How many secrets are under each master key, by key id, over all organisations, as it was

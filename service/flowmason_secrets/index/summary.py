@@ -22,15 +22,17 @@ _FIELDS = {"action": ACTION, "outcome": OUTCOME, "actor": ACTOR, "name": NAME}
 _ERA = 719_162 * 86_400
 
 
-def count(opened: Open, query: AuditQuery, grouping: Grouping, high: int) -> tuple[Counts, int]:
-    """Count the newest of the events before `high`, which are indexed; and before which one to go
-    on, 0 if that was all. Needs a consistent view.
+def count(
+    opened: Open, query: AuditQuery, grouping: Grouping, bounds: tuple[int, int]
+) -> tuple[Counts, int]:
+    """Count the newest of the events from one seq up to and without another, which are indexed; and
+    before which one to go on, 0 if that was all. Needs a consistent view.
 
     Raises:
         Damaged: a term is not what it should be.
     """
     known, found = state(opened.connection), Counts()
-    wanted = plan(opened.terms, query, high)
+    wanted = plan(opened.terms, query, bounds)
     if wanted is None:
         return found, 0
     source = Source(opened, wanted)

@@ -20,7 +20,7 @@ from ..core.records import Change, PutSecret, Ref, SecretRecord, Single, singles
 from . import wire
 from .cache import CiphertextCache
 from .durable import PRIVATE_FILE, Durable
-from .eventlog import HEADER_BYTES, EventLog, SegmentLimits
+from .eventlog import HEADER_BYTES, Archived, EventLog, SegmentLimits
 from .published import Layout, Published
 from .reserve import RESERVE_BYTES, Reserve, ordinary
 from .staging import Journal, Leftovers, sync_published
@@ -77,7 +77,7 @@ class Engine:
         except OSError as error:
             self._abandon()
             self._reserve.release(error)
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
         except BaseException:
             self._abandon()
             raise
@@ -100,7 +100,7 @@ class Engine:
             self._env.durable.create(draft, bytes(HEADER_BYTES), PRIVATE_FILE, sync=False)
             self._env.durable.unlink(draft)
         except OSError as error:
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
 
     def keep_reserve(self) -> None:
         """See `Store.watch`."""
@@ -108,7 +108,7 @@ class Engine:
         try:
             self._reserve.keep()
         except OSError as error:
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
 
@@ -136,7 +136,7 @@ class Engine:
                 forking.close(self._lock)
                 self._lock = None
         except OSError as error:
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
 
     def _open_lock(self) -> int:
         layout, durable = self._env.layout, self._env.durable
@@ -155,10 +155,15 @@ class Engine:
 
     def _caught_up(self, lock: int) -> EventLog:
         """The log with everything in it that any process has appended, and all of it published."""
+        try:
+            behind = self._log is not None and self._log.changed()
+        except Archived:
+            # What happened since can't be read any more here: as if it began now.
+            self._abandon()
         log = self._log
         if log is None:
             return self._open(lock)
-        if log.changed():
+        if behind:
             published = _published_up_to(lock)
             unpublished = False
             for line in log.catch_up():
@@ -253,8 +258,7 @@ class Engine:
         rest = [intent for intent in batch if not ordinary(intent.event)]
         decided = iter(self._commit(rest, log, lock))
         return [
-            unavailable(OSError(errno.ENOSPC, _KEPT)) if ordinary(intent.event) else next(decided)
-            for intent in batch
+            LogUnavailable(_KEPT) if ordinary(intent.event) else next(decided) for intent in batch
         ]
 
     def _again(
@@ -265,7 +269,7 @@ class Engine:
         log = self._caught_up(lock)
         if any(line["id"] in ids for line in log.lines(position)):
             # Some got into the log. That is allowed for what is not acknowledged, but once only.
-            return [unavailable(error) if intent.event else STALE for intent in batch]
+            return [LogUnavailable.of(error) if intent.event else STALE for intent in batch]
         return self._commit_without_ordinary(batch, log, lock)
 
     def _commit(self, batch: Sequence[Intent], log: EventLog, lock: int) -> list[Verdict]:
@@ -288,7 +292,7 @@ class Engine:
             if self._reserve.release(error):
                 return self._again(batch, position, lock, error)
             for index, _ in admission.events:
-                verdicts[index] = unavailable(error)
+                verdicts[index] = LogUnavailable.of(error)
         return verdicts
 
     def _durable(self, verdicts: list[Verdict]) -> list[Verdict]:
@@ -305,7 +309,7 @@ class Engine:
             # What needs no event is answered all the same.
             self._abandon()
             self._reserve.release(error)
-            return [unavailable(error) if isinstance(v, Receipt) else v for v in verdicts]
+            return [LogUnavailable.of(error) if isinstance(v, Receipt) else v for v in verdicts]
         self._unsynced = False
         return verdicts
 
@@ -389,10 +393,6 @@ class Engine:
             self._journal.close()
             self._journal = None
         self._env.cache.clear()
-
-
-def unavailable(error: OSError) -> LogUnavailable:
-    return LogUnavailable(error.strerror or str(error) or type(error).__name__)
 
 
 def _published_up_to(lock: int) -> int:

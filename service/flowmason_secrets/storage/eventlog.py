@@ -5,6 +5,7 @@ Blocking, and used under the commit lock, except for `ChunkReader` and `read_lin
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..core.ports import Chunk, Sources
 from . import wire
 from .checkpoints import Checkpoints
 from .durable import SHARED_FILE, Durable
+from .minimum import MinimumFile
 from .published import Layout
 
 HEADER_BYTES = 1024
@@ -30,6 +32,10 @@ class SegmentLimits:
 
     size: int = 64 << 20
     age: float = 86400.0
+
+
+class Archived(Exception):
+    """The segment that was written to last was sealed and archived by others."""
 
 
 @dataclass(slots=True)
@@ -85,9 +91,14 @@ class EventLog:
         """Find the end of the log. Only the last segment is read.
 
         Raises:
-            LogDamaged: the last segment does not begin with the seq in its name.
+            LogDamaged: the last segment does not begin with the seq in its name, or is missing.
         """
-        firsts = segments(self._directory)
+        firsts, minimum = segments(self._directory), self.minimum
+        if minimum > max(firsts, default=0):
+            raise LogDamaged(
+                f"The segment with event {minimum} of the log is missing, and was not archived. "
+                "Put back what is missing in events/, and start again."
+            )
         if firsts:
             self.position = firsts[-1]
             self._enter(firsts[-1])
@@ -139,17 +150,28 @@ class EventLog:
                 self._durable.sync_path(self._directory)
                 self._foreign_name = False
 
+    @property
+    def minimum(self) -> int:
+        """The seq of the first event that was not archived."""
+        return MinimumFile.beside(self._directory).read().minimum
+
     def changed(self) -> bool:
         """Whether `catch_up` has something to do. Cheap: asked once per batch.
 
         Raises:
+            Archived: so much happened since that the segment was archived; open another log.
             LogDamaged: the segment is gone, or shorter than it was.
         """
         segment = self._segment
         if segment is None or self._torn:
+            if self.position < self.minimum:
+                # Somebody began the next segment, and it was archived.
+                raise Archived
             return self._exists(self.position)
         status = os.fstat(segment.descriptor)
         if status.st_size < segment.end or not status.st_nlink:
+            if segment.first < self.minimum:
+                raise Archived
             raise LogDamaged(
                 f"{segment.path.name} was removed or cut off while it was in use. "
                 "Put back what is missing, and start again."
@@ -157,7 +179,16 @@ class EventLog:
         return status.st_size != segment.end or self._exists(self.position)
 
     def lines(self, start: int) -> Iterator[Line]:
-        """All lines from seq `start` on, decoded."""
+        """All lines from seq `start` on, decoded.
+
+        Raises:
+            LogDamaged: some are missing, or were archived.
+        """
+        if start < min(self.minimum, self.position):
+            raise LogDamaged(
+                f"Changes are staged whose events may be in the segments from event {start} on, "
+                "which were archived. Decompress them into events/ and remove the file minimum."
+            )
         for chunk in ChunkReader(self._directory).read(start, self.position):
             for data in chunk.data.splitlines():
                 yield wire.decode_line(data)
@@ -266,43 +297,66 @@ def _time(line: Line) -> float:
 
 
 class ChunkReader:
-    """Reads the log from any seq on. It remembers where it stopped, so that following is cheap."""
+    """Reads the log from any seq on. It remembers where it stopped, so that following is cheap.
+
+    Which segments were archived says the file `minimum` beside their directory.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._archived = MinimumFile.beside(directory)
         # The seq, the segment and the offset at which the last reading ended.
         self._stopped = (-1, 0, 0)
 
     def read(self, start: int, stop: int) -> Iterator[Chunk]:
-        """All lines with `start` <= seq < `stop`, in order, in chunks of about a mebibyte.
+        """All lines with `start` <= seq < `stop` that were not archived, in order, in chunks of
+        about a mebibyte. What is archived meanwhile may be left out.
 
         Raises:
-            LogDamaged: a segment has fewer lines than the next one says.
+            LogDamaged: a segment that was not archived is missing, or has fewer lines than the next
+                one says.
         """
-        firsts = segments(self._directory)
-        for index, first in enumerate(firsts):
-            end = firsts[index + 1] if index + 1 < len(firsts) else stop
-            if end > start and first < stop:
-                yield from self._segment(first, start, min(end, stop))
+        seq, firsts = max(start, self._archived.read().minimum), segments(self._directory)
+        while firsts and seq < stop:
+            place = bisect_right(firsts, seq)
+            end = min(firsts[place], stop) if place < len(firsts) else stop
+            file = self._opened(firsts[place - 1]) if place else None
+            if file is not None:
+                with file:
+                    yield from self._segment(file, firsts[place - 1], seq, end)
+                seq = end
+                continue
+            minimum = self._archived.read().minimum
+            if minimum <= seq:
+                raise LogDamaged(
+                    f"The segment with event {seq} of the log is missing, and was not archived. "
+                    "Put it back into events/."
+                )
+            seq, firsts = minimum, segments(self._directory)
 
-    def _segment(self, first: int, start: int, stop: int) -> Iterator[Chunk]:
+    def _opened(self, first: int) -> BinaryIO | None:
+        try:
+            return (self._directory / segment_name(first)).open("rb")
+        except FileNotFoundError:
+            return None
+
+    def _segment(self, file: BinaryIO, first: int, start: int, stop: int) -> Iterator[Chunk]:
         seq, segment, offset = self._stopped
         if segment != first or not first <= seq <= start:
             seq, offset = first, 0
-        with (self._directory / segment_name(first)).open("rb") as file:
-            seq, offset = _near(file, start, (seq, offset))
-            file.seek(offset)
-            while seq < stop:
-                data = file.read(_CHUNK) + file.readline()
-                lines = data.count(b"\n")
-                if not lines:
-                    raise LogDamaged(f"{segment_name(first)} ends before event {seq}.")
-                skip, end = min(max(start - seq, 0), lines), min(stop - seq, lines)
-                low, high = _place(data, skip, lines), _place(data, end, lines)
-                if low < high:
-                    yield Chunk(seq + skip, first, offset + low, data[low:high])
-                seq, offset = seq + end, offset + high
-                self._stopped = (seq, first, offset)
+        seq, offset = _near(file, start, (seq, offset))
+        file.seek(offset)
+        while seq < stop:
+            data = file.read(_CHUNK) + file.readline()
+            lines = data.count(b"\n")
+            if not lines:
+                raise LogDamaged(f"{segment_name(first)} ends before event {seq}.")
+            skip, end = min(max(start - seq, 0), lines), min(stop - seq, lines)
+            low, high = _place(data, skip, lines), _place(data, end, lines)
+            if low < high:
+                yield Chunk(seq + skip, first, offset + low, data[low:high])
+            seq, offset = seq + end, offset + high
+            self._stopped = (seq, first, offset)
 
 
 def _near(file: BinaryIO, start: int, known: tuple[int, int]) -> tuple[int, int]:

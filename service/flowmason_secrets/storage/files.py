@@ -14,12 +14,15 @@ from typing import TypeVar
 import aiofiles.os
 
 from .. import forking
+from ..core.errors import LogUnavailable
 from ..core.intents import Intent
+from ..core.minimum import Minimum
 from ..core.names import secret_id
 from ..core.ports import Chunk, Space, Verdict
 from ..core.records import ApiKey, Inventory, Metadata, SecretRecord
-from .engine import JOURNAL_LIMIT, Engine, Environment, unavailable
+from .engine import JOURNAL_LIMIT, Engine, Environment
 from .eventlog import ChunkReader, read_line
+from .minimum import MinimumFile
 from .reserve import Reserve
 from .staging import Journal
 
@@ -117,7 +120,7 @@ class FilesStore:
         try:
             found: Space = await aiofiles.os.wrap(self._reserve.space)(executor=self._readers)
         except OSError as error:
-            raise unavailable(error) from error
+            raise LogUnavailable.of(error) from error
         return found
 
     async def watch(self) -> bool:
@@ -170,6 +173,7 @@ class FilesTail:
     def __init__(self, environment: Environment) -> None:
         self._layout = environment.layout
         self._reader = ChunkReader(environment.layout.events)
+        self._minimum = MinimumFile(environment.layout.minimum)
         self._published = environment.published
 
     def claim(self) -> Callable[[], None] | None:
@@ -179,6 +183,10 @@ class FilesTail:
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
         """See `Tail.chunks`."""
         return self._reader.read(start, stop)
+
+    def minimum(self) -> Minimum:
+        """See `Tail.minimum`."""
+        return self._minimum.read()
 
     def line(self, segment: int, offset: int) -> bytes:
         """See `Tail.line`."""

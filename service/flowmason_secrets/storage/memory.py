@@ -7,6 +7,7 @@ from ..core import times
 from ..core.errors import LogDamaged
 from ..core.events import Event, Receipt
 from ..core.intents import Changes, Intent, admit
+from ..core.minimum import Minimum
 from ..core.names import org_hash, secret_hash
 from ..core.ports import STALE, Chunk, Sources, Space, Verdict
 from ..core.records import (
@@ -117,6 +118,10 @@ class MemoryStore:
             raise LogDamaged(f"the log ends before event {stop}")
         for seq in range(start, stop):
             yield Chunk(seq, 0, seq, self._lines[seq])
+
+    def minimum(self) -> Minimum:
+        """See `Tail.minimum`. Nothing is ever archived."""
+        return Minimum()
 
     def line(self, segment: int, offset: int) -> bytes:
         """See `Tail.line`. An offset is a seq here."""

@@ -51,6 +51,7 @@ class Layout:
         # Of whatever the process that signs replaces: its next checkpoint clears it away.
         self.signing_draft = root / "checkpoint.tmp"
         self.signing_lock = root / "signing.lock"
+        self.minimum = root / "minimum"
 
     def organisations(self) -> list[str]:
         """The directories of organisations: 16 hex digits. # format §2.1"""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from .. import forking
 from ..core import checkpoint, merkle, times, witness
 from ..core.checkpoint import Checkpoint
-from ..core.errors import ConfigurationError, LogDamaged
+from ..core.errors import ConfigurationError, EventArchived, LogDamaged
 from ..core.merkle import Unverified
 from ..core.note import Signature, Signer
 from ..core.ports import Anchor, Chunk, Clock, Progress
@@ -22,9 +22,10 @@ from . import wire
 from .checkpoints import Checkpoints, Signed
 from .durable import Durable
 from .eventlog import ChunkReader, segment_name, segments
+from .minimum import MinimumFile
 from .published import Layout
 from .signing import SigningKey
-from .tree import TileFiles, hashes_of, whole_chunks
+from .tree import Pruned, TileFiles, hashes_of, whole_chunks
 from .witnesses import WitnessStates
 
 # How many lines are hashed before others get their turn: some fifty milliseconds.
@@ -48,6 +49,7 @@ class FilesTree:
         self._witnesses = WitnessStates(layout, durable)
         self._files = TileFiles(layout.tree, layout.events, durable)
         self._reader = ChunkReader(layout.events)
+        self._archived = MinimumFile(layout.minimum)
         self._lock: int | None = None
         self._signer: Signer | None = None
         self._signed: list[Signed] = []
@@ -132,6 +134,37 @@ class FilesTree:
                     "two different logs. Compare both with your copies."
                 )
 
+    @property
+    def size(self) -> int:
+        """How many events are signed and checked, or being signed."""
+        return self._edge.size
+
+    def vouch(self, edge: Edge) -> None:
+        """Hold the first lines of the log, as somebody else read them, against what was signed when
+        `check` was called.
+
+        Raises:
+            LogDamaged: they are others.
+        """
+        signed = self._signed[0].statement
+        try:
+            self._consistent(edge, signed)
+        except Unverified:
+            # A tile is wrong, or the lines are.
+            self._rebuilt(signed)
+            try:
+                self._consistent(edge, signed)
+            except Unverified:
+                raise LogDamaged(
+                    f"The first {edge.size} events are not those that were signed as "
+                    f"{signed.origin}. Compare them with your shipped copy."
+                ) from None
+
+    def _consistent(self, edge: Edge, signed: Checkpoint) -> None:
+        hashes = TileHashes(signed.size, self._files.read)
+        proof = merkle.consistency_proof(edge.size, signed.size, hashes)
+        merkle.verify_consistency((edge.size, signed.size), (edge.root(), signed.root), proof)
+
     def _resumed(self, signed: Checkpoint) -> Edge | None:
         """The tree that was signed, from the tiles and the lines of the last segment; None if tiles
         are missing, or if that is not what was signed.
@@ -156,8 +189,14 @@ class FilesTree:
         Raises:
             LogDamaged: the lines are not those that were signed.
         """
-        suspects: list[tuple[int, bytes]] = []
-        edge, wrong = self._hashed(signed.size, suspects)
+        before, suspects = self._archived.read(), list[tuple[int, bytes]]()
+        try:
+            edge, wrong = self._hashed(signed.size, suspects)
+        except LogDamaged:
+            if self._archived.read() == before:
+                raise
+            # Some of it was archived meanwhile.
+            return self._rebuilt(signed)
         if edge.root() != signed.root:
             raise self._damage(signed, suspects)
         if wrong:
@@ -171,8 +210,8 @@ class FilesTree:
         `suspects` gets the lines whose stored leaf hashes are others. Without it, wrong tiles are
         overwritten.
         """
-        edge, wrong = Edge(), False
-        for chunk in whole_chunks(ChunkReader(self._layout.events), 0, size):
+        edge, wrong = self._beginning(), False
+        for chunk in whole_chunks(ChunkReader(self._layout.events), edge.size, size):
             full = edge.extend(hashes_of(chunk))
             last = edge.partial() if edge.size == size else ()
             for tile, data in (*full, *last):
@@ -187,6 +226,11 @@ class FilesTree:
                     suspects += _differences(tile, stored, data)
         return edge, wrong
 
+    def _beginning(self) -> Edge:
+        """The tree of what was archived."""
+        minimum = self._archived.read()
+        return Edge(minimum.minimum, lambda tile: minimum.edge[tile.level])
+
     def _damage(self, signed: Checkpoint, suspects: list[tuple[int, bytes]]) -> LogDamaged:
         """Where the log differs: the first line of which the tiles prove that it was another."""
         hashes = TileHashes(signed.size, self._files.stored_or_fail)
@@ -197,7 +241,10 @@ class FilesTree:
                 place = f"event {seq}"
                 break
         else:
-            place = f"somewhere among events 0 to {signed.size - 1} (tree/ does not tell where)"
+            first = self._beginning().size
+            place = (
+                f"somewhere among events {first} to {signed.size - 1} (tree/ does not tell where)"
+            )
         return LogDamaged(
             f"The log is not the one that was signed as {signed.origin} when it had {signed.size} "
             f"events. It differs at {place}. Compare it with your shipped copy, and put back what "
@@ -298,7 +345,10 @@ class FilesTree:
         signed = self._statement()
         if signed is None or tile.level == ENTRIES or not exists_in(tile, signed.size):
             return None
-        return self._files.read(tile)
+        try:
+            return self._files.read(tile)
+        except Pruned:
+            return None
 
     def prove(self, seq: int, *, cosigned: bool = False) -> bytes | None:
         """See `Tree.prove`."""
@@ -312,6 +362,11 @@ class FilesTree:
             # A tile is wrong, or the log is.
             self._rebuilt(signed)
             return self._proof(seq, signed, note)
+        except LogDamaged:
+            minimum = self._archived.read().minimum
+            if seq < minimum:
+                raise EventArchived(minimum) from None
+            raise
 
     def _proof(self, seq: int, signed: Checkpoint, note: bytes) -> bytes:
         (leaf,) = self._files.leaves(seq, seq + 1)

@@ -10,9 +10,14 @@ from pathlib import Path
 from ..core.errors import LogDamaged
 from ..core.merkle import HASH_BYTES, Unverified, leaf_hashes, subtree_root
 from ..core.ports import Chunk
-from ..core.tiles import WIDTH, Tile, split_hashes
+from ..core.tiles import WIDTH, Tile, level_size, split_hashes
 from .durable import PRIVATE_FILE, Durable
 from .eventlog import ChunkReader
+from .minimum import MinimumFile
+
+
+class Pruned(LogDamaged):
+    """The hashes of lines that were archived are not there any more."""
 
 
 class TileFiles:
@@ -21,6 +26,7 @@ class TileFiles:
     def __init__(self, directory: Path, events: Path, durable: Durable) -> None:
         self._path = os.fspath(directory)
         self._events = events
+        self._archived = MinimumFile.beside(events)
         self._durable = durable
 
     def read(self, tile: Tile) -> bytes:
@@ -72,11 +78,27 @@ class TileFiles:
         return [leaf for chunk in chunks for leaf in hashes_of(chunk)]
 
     def _computed(self, tile: Tile) -> bytes:
-        start = tile.number * WIDTH
-        if tile.level == 0:
-            return b"".join(self.leaves(start, start + tile.width))
-        below = (Tile(tile.level - 1, start + place) for place in range(tile.width))
-        return b"".join(subtree_root(split_hashes(self.read(one), WIDTH)) for one in below)
+        known = self._edge(tile)
+        start, stop = tile.number * WIDTH + len(known), tile.number * WIDTH + tile.width
+        if start < stop and tile.level == 0:
+            known += self.leaves(start, stop)
+        below = (Tile(tile.level - 1, number) for number in range(start, stop))
+        if tile.level:
+            known += (subtree_root(split_hashes(self.read(one), WIDTH)) for one in below)
+        return b"".join(known[: tile.width])
+
+    def _edge(self, tile: Tile) -> list[bytes]:
+        """The first hashes of a tile, those of archived lines; none if it has no others."""
+        minimum = self._archived.read()
+        number, width = divmod(level_size(minimum.minimum, tile.level), WIDTH)
+        if tile.number == number:
+            return split_hashes(minimum.edge[tile.level], width) if width else []
+        if tile.number < number and tile.level == 0:
+            raise Pruned(
+                f"The tile of events {tile.number * WIDTH} to {tile.number * WIDTH + WIDTH - 1} is "
+                "not there, and they were archived. Put back tree/ if you need it."
+            )
+        return []
 
     def _file(self, tile: Tile) -> str:
         # A tile that is not full yet is the beginning of a file.
