@@ -15,7 +15,7 @@ from .core import checkpoint
 from .core.ledger import Difference, Differences, Ledger, Statement
 from .core.merkle import Unverified
 from .core.note import Verifier
-from .processes import Pool, pool
+from .processes import pool
 from .storage import history, scanning
 from .storage.durable import Durable
 from .storage.published import Layout
@@ -134,6 +134,8 @@ class _Verification:
         self._before = (0, 0)
         self._last = 0
         self._foreign: set[str] = set()
+        # The largest checkpoint that a line quotes: its size, and the line.
+        self._quoted_most = (0, 0)
 
     def run(self, advance: Callable[[int], None]) -> Verdict:
         """Verify."""
@@ -218,6 +220,8 @@ class _Verification:
             problem = f"quotes a checkpoint of {found.size} events, which were not there yet"
             self._differences.add(seq, "", problem)
             return None
+        if ours or not self._verifiers:
+            self._quoted_most = max(self._quoted_most, (found.size, seq))
         return Statement(found.size, found.root, f"the checkpoint in event {seq}")
 
     def _hold_newest(self, newest: Statement | None, position: Position) -> None:
@@ -233,6 +237,10 @@ class _Verification:
             add(None, "the newest checkpoint", problem)
         elif newest is not None and newest.size > self._last:
             add(None, "checkpoints.ndjson", f"lacks the newest checkpoint, of {newest.size} events")
+        size, seq = self._quoted_most
+        if size > self._last and _length(self._history_file) == self._known.after:
+            problem = f"lacks the checkpoint of {size} events that event {seq} quotes"
+            add(None, "checkpoints.ndjson", problem)
 
     # --- the verdict --------------------------------------------------------------------------
 

@@ -216,7 +216,8 @@ def _show(verdict: Verdict, keys: Keys) -> None:
     for note in _notes(verdict, keys):
         output.note(note)
     if not verdict.count:
-        click.echo(output.printable(f"VALID: {_what(verdict)}"))
+        word = "VALID" if keys.verifiers else "CONSISTENT, SIGNATURES NOT CHECKED"
+        click.echo(output.printable(f"{word}: {_what(verdict)}"))
         return
     first, *others = verdict.differences
     for one in others:
@@ -238,7 +239,7 @@ def _what(verdict: Verdict) -> str:
 
 def _notes(verdict: Verdict, keys: Keys) -> Iterator[str]:
     if keys.source == "unchecked":
-        yield f"SIGNATURES WERE NOT CHECKED: there is no key. {_HOW}"
+        yield f"There is no key: whoever changed the log may have signed it anew. {_HOW}"
     if keys.source == "data_directory":
         yield f"The key is the one of this machine. An auditor has his own copy: {_HOW}"
     if verdict.foreign:

@@ -96,6 +96,8 @@ class Ledger:
         self.late: list[Statement] = []
         self._good = good
         self._wrong: _Range | None = None
+        # Statements that are not true, although later ones are.
+        self._contradictions: list[Statement] = []
         self._suspects: list[tuple[int, bytes]] = []
         self._tiles: list[str] = []
         self._settle()
@@ -137,17 +139,17 @@ class Ledger:
         """All leaves are there: note what differs, at the first bad place."""
         if self.size < self._signed:
             self._hold_partial()
-        beyond = self._beyond()
-        wrong = self._wrong
+        beyond, wrong, add = self._beyond(), self._wrong, self._differences.add
+        for statement in self._contradictions:
+            add(*self._contradicted(statement))
         if wrong is not None:
-            self._differences.add(*self._located(wrong))
+            add(*self._located(wrong))
         elif beyond is not None:
-            self._differences.add(*self._missing(beyond))
-        else:
+            add(*self._missing(beyond))
+        elif not self._contradictions:
             for path in self._tiles:
-                self._differences.add(
-                    None, f"tree/{path}", "not the hashes of the lines; tree/ is a cache: remove it"
-                )
+                problem = "does not have the hashes of the lines; tree/ is a cache: remove it"
+                add(None, f"tree/{path}", problem)
 
     # --- roots ------------------------------------------------------------------------------
 
@@ -190,11 +192,8 @@ class Ledger:
             self._good = statement.size
 
     def _contradict(self, statement: Statement) -> None:
-        self._differences.add(
-            None,
-            statement.place,
-            f"states a root for {statement.size} events that this log did not have",
-        )
+        if len(self._contradictions) < MOST:
+            self._contradictions.append(statement)
 
     def _beyond(self) -> Statement | None:
         """The largest statement about more lines than there are."""
@@ -250,6 +249,13 @@ class Ledger:
                 continue
             return seq
         return None
+
+    def _contradicted(self, statement: Statement) -> tuple[int | None, str, str]:
+        seq = self._first_changed(0, statement)
+        if seq is not None:
+            return seq, "", f"not the line that {statement.place} was signed over"
+        problem = f"was signed over other events than the first {statement.size} of this log"
+        return None, statement.place, problem
 
     def _located(self, wrong: _Range) -> tuple[int, str, str]:
         good, statement = wrong
