@@ -192,6 +192,16 @@ def overlap(place: Place, seq: int) -> None:
     path.with_name(f"audit-{seq:012d}.ndjson").write_bytes(b"".join(lines))
 
 
+def without_segments(place: Place) -> None:
+    for segment in place.segments:
+        segment.unlink()
+
+
+def roll_everything_back(place: Place) -> None:
+    roll_back(place, 2)
+    cut(place, place.size)
+
+
 def roll_back(place: Place, entries: int) -> None:
     """The checkpoint is an old one, and the history ends with it."""
     path = place.root / "checkpoints.ndjson"
@@ -326,7 +336,7 @@ ROWS: dict[str, Row] = {
         refused=True,
     ),
     "no segment at all": Row(
-        lambda p: [one.unlink() for one in p.segments],
+        without_segments,
         lambda p: 0,
         r"events 0 to {last} are missing",
         refused=True,
@@ -355,7 +365,7 @@ ROWS: dict[str, Row] = {
         lambda p: roll_back(p, 1), nowhere, r"lacks the checkpoint of \d+ events that event"
     ),
     "the log rolled back, and an older checkpoint": Row(
-        lambda p: (roll_back(p, 2), cut(p, p.size)),
+        roll_everything_back,
         lambda p: int(history(p.root)[1].splitlines()[1]),
         "the older checkpoint was signed over them",
         since=newest_checkpoint,

@@ -148,10 +148,10 @@ class _Verification:
         ledger = Ledger(statements, self._log.tiles.stored, signed, self._differences)
         walk = Walk(self._log, ledger, self._differences, self._quoted)
         position = walk.run(signed, advance)
-        ledger.finish()
         if ledger.late:
             again = Walk(self._log, ledger.again(), Differences(), lambda quote: None)
             again.run(signed, lambda done: None)
+        ledger.finish()
         self._hold_newest(newest, position)
         return self._verdict(position, ledger, signed)
 
@@ -173,10 +173,14 @@ class _Verification:
             return
         batches = history.batches(self._history_file, self._known.after, self._verifiers)
         entries = self._log.pool.each(history.entries, batches)
+        torn = 0
         for entry in itertools.chain.from_iterable(entries):
-            place = f"line {entry.line} of checkpoints.ndjson"
+            # After a line that a crash tore there is a whole one.
+            first = torn if entry.problem is not None and torn else entry.line
+            place = f"line {first} of checkpoints.ndjson"
             if entry.problem is not None:
                 self._differences.add(None, place, entry.problem)
+            torn = entry.line if entry.statement is None and entry.problem is None else 0
             if entry.statement is None:
                 continue
             _, size, root, *_ = entry.statement

@@ -131,9 +131,11 @@ class Ledger:
             self._settle()
 
     def again(self) -> "Ledger":
-        """What settles the statements that were late, if it gets the same leaves."""
+        """What settles the late statements, before `finish`, from the same leaves."""
         late = iter(sorted(self.late))
-        return Ledger(late, lambda tile: None, 0, self._differences, self._good)
+        ledger = Ledger(late, lambda tile: None, 0, self._differences, self._good)
+        ledger._contradictions = self._contradictions
+        return ledger
 
     def finish(self) -> None:
         """All leaves are there: note what differs, at the first bad place."""

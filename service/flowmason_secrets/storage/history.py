@@ -17,11 +17,10 @@ _BATCH = 1 << 16
 _TAIL = 1 << 13
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
-# The beginnings of a whole line that a crash may leave: of its time, of its note's text, and of its
-# signatures.
-_BEGINNING = re.compile(
-    rb'\{"time":"[0-9TZ:.-]{,27}|\{"time":"[0-9TZ:.-]{27}"(?:,"checkpoint":"(?P<note>[^"]*))?'
-)
+# How a line is made: a time, and a note as JSON.
+_HEAD, _MIDDLE = b'{"time":"', b'","checkpoint":"'
+_TIME_BYTES = 27
+_PART_OF_TIME = re.compile(rb"[0-9TZ:.-]{,27}")
 
 
 class Batch(NamedTuple):
@@ -116,16 +115,25 @@ def verified(note: bytes, verifiers: Sequence[Verifier]) -> Checkpoint:
 
 
 def _torn(line: bytes) -> bool:
-    """Whether it can be the beginning of a whole line. # format §9.3"""
-    match = _BEGINNING.fullmatch(line)
-    if match is None:
-        return b'{"time":"'.startswith(line)
-    text, blank, signatures = (match["note"] or b"").partition(rb"\n\n")
-    if b"\\" in text.replace(rb"\n", b"").removesuffix(b"\\"):
+    """Whether it is the beginning of a whole line. # format §9.3"""
+    place = len(_HEAD) + _TIME_BYTES
+    head, time, rest = line[: len(_HEAD)], line[len(_HEAD) : place], line[place:]
+    if not _HEAD.startswith(head) or not _PART_OF_TIME.fullmatch(time):
         return False
-    *whole, last = signatures.split(rb"\n")
+    if len(rest) <= len(_MIDDLE):
+        return _MIDDLE.startswith(rest)
+    return rest.startswith(_MIDDLE) and _begins_note(rest[len(_MIDDLE) :])
+
+
+def _begins_note(data: bytes) -> bool:
+    """Whether it is the beginning of a note, in JSON; at most its quotation mark is at its end."""
+    text, blank, signatures = data.partition(rb"\n\n")
+    if not blank:
+        return b'"' not in text and b"\\" not in text.replace(rb"\n", b"").removesuffix(b"\\")
     dash = "\N{EM DASH} ".encode()
-    return not blank or (
-        all(one.startswith(dash) for one in whole)
-        and (last.startswith(dash) or dash.startswith(last.removesuffix(b"\\")))
+    *whole, last = signatures.split(rb"\n")
+    return all(one.startswith(dash) for one in whole) and (
+        (last.startswith(dash) and b'"' not in last)
+        or dash.startswith(last.removesuffix(b"\\"))
+        or (last == b'"' and bool(whole))
     )
