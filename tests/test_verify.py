@@ -499,7 +499,7 @@ def test_any_bit_of_any_file(
             # Ends of lines are the rarest, and the hardest.
             ends = [match.start() for match in re.finditer(b"\n", path.read_bytes())]
             at = random.choice([at, *ends[-1:]]) + random.choice((0, 0, -1))
-        monkeypatch.setattr(scanning, "BLOCK", random.choice((9000, 30_000, 4 << 20)))
+        monkeypatch.setattr(scanning, "BLOCK", random.choice((9000, 30_000, 1 << 20)))
         flip(path, at, bit)
         differences = Place(root).verify().differences
         flip(path, at, bit)

@@ -38,7 +38,7 @@ def contents(root: Path) -> dict[str, tuple[int, int]]:
 # --- many processes, and many blocks ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [700, 5000, 4 << 20])
+@pytest.mark.parametrize("block", [700, 5000, 1 << 20])
 def test_it_is_the_same_in_blocks_and_in_processes(
     place: Place, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +85,7 @@ def test_archived_segments_are_part_of_the_log(
     made: Place, place: Place, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert place.verify().differences[0].seq == 0
-    for block in (4 << 20, 9000):
+    for block in (1 << 20, 9000):
         monkeypatch.setattr(scanning, "BLOCK", block)
         assert place.verify(archives=[archive]) == made.verify()
 
@@ -210,7 +210,7 @@ async def another_key(root: Path) -> tuple[Verifier, Verifier]:
     return old, verifier_of(key_of(root))
 
 
-@pytest.mark.parametrize("block", [9000, 4 << 20])
+@pytest.mark.parametrize("block", [9000, 1 << 20])
 async def test_a_log_whose_key_was_changed(
     place: Place, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +225,7 @@ async def test_a_log_whose_key_was_changed(
     assert (verdict.differences, verdict.foreign) == ([], [])
 
 
-@pytest.mark.parametrize("block", [9000, 4 << 20])
+@pytest.mark.parametrize("block", [9000, 1 << 20])
 def test_a_line_that_quotes_what_was_never_signed(
     place: Place, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,21 +5,23 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from .. import config, supervisor, verifying
+from .. import config, supervisor
 from ..core import tlogproof
 from ..core.errors import ConfigurationError
 from ..core.merkle import Unverified
 from ..core.note import Verifier, encode_base64
 from ..storage.durable import Durable
-from ..storage.scanning import line_of
 from ..storage.signing import SigningKey
-from ..verifying import Verdict
 from . import output
 from .where import json_option
+
+if TYPE_CHECKING:
+    from ..verifying import Verdict
 
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -79,6 +81,8 @@ class Receipt:
         Raises:
             ConfigurationError: there is none.
         """
+        from ..storage.scanning import line_of
+
         if self.event is not None:
             return self.event.read_bytes().removesuffix(b"\n")
         line = line_of(self.events, seq) if self.events.is_dir() else None
@@ -136,6 +140,9 @@ def verify(
     and the order of times. It writes nothing, and may run beside a server. Exit code 1 if anything
     differs.
     """
+    # The other commands need not wait for it.
+    from .. import verifying
+
     settings = config.from_environment()
     if data_dir is not None:
         settings = replace(settings, data_dir=data_dir)
@@ -191,7 +198,7 @@ def _decoded(vkey: str) -> Verifier:
 # --- the whole log ----------------------------------------------------------------------------
 
 
-def _report(verdict: Verdict, keys: Keys) -> Report:
+def _report(verdict: "Verdict", keys: Keys) -> Report:
     return Report(
         valid=not verdict.count,
         log=verdict.origin,
@@ -211,7 +218,7 @@ def _report(verdict: Verdict, keys: Keys) -> Report:
     )
 
 
-def _show(verdict: Verdict, keys: Keys) -> None:
+def _show(verdict: "Verdict", keys: Keys) -> None:
     """The verdict on stdout, what else there is to know on stderr."""
     for note in _notes(verdict, keys):
         output.note(note)
@@ -227,7 +234,7 @@ def _show(verdict: Verdict, keys: Keys) -> None:
     click.echo(output.printable(f"DIFFERENT: {first.place}: {first.problem}."))
 
 
-def _what(verdict: Verdict) -> str:
+def _what(verdict: "Verdict") -> str:
     if not verdict.events:
         return "the log is empty."
     signed = f"{verdict.signed:,} of them signed as {verdict.origin}"
@@ -237,7 +244,7 @@ def _what(verdict: Verdict) -> str:
     return f"{text}. Root {encode_base64(verdict.root)}."
 
 
-def _notes(verdict: Verdict, keys: Keys) -> Iterator[str]:
+def _notes(verdict: "Verdict", keys: Keys) -> Iterator[str]:
     if keys.source == "unchecked":
         yield f"There is no key: whoever changed the log may have signed it anew. {_HOW}"
     if keys.source == "data_directory":

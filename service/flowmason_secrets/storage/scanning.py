@@ -18,15 +18,17 @@ from ..core.merkle import leaf_hashes
 from . import wire
 from .eventlog import HEADER_BYTES, ChunkReader
 
-# In bytes: how much one process gets at a time.
-BLOCK = 4 << 20
+# In bytes: how much one process gets at a time. What fits into its cache takes the least time.
+BLOCK = 1 << 20
 _PIECE = 1 << 18
 
 # What packed segments that are damaged raise.
 _UNREADABLE = (EOFError, OSError, zlib.error, zstandard.ZstdError)
 
 _SOURCE = re.compile(r"audit-([0-9]{12})\.ndjson(|\.gz|\.zst)")
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
+# How a time looks, with 0 for each digit.
+_TIME = "0000-00-00T00:00:00.000000Z"
+_DIGITS = str.maketrans("123456789", "000000000")
 
 
 class Source(NamedTuple):
@@ -182,7 +184,7 @@ def scan(block: Block) -> Scanned:
     if (
         [event.seq for event in events] != list(range(first, first + len(events)))
         or times != sorted(times)
-        or not all(map(_TIME.fullmatch, set(times)))
+        or "".join(times).translate(_DIGITS) != _TIME * len(times)
         or (lines and len(max(lines, key=len)) >= MAX_LINE)
     ):
         return _scan_slowly(place, lines, bad)
@@ -218,7 +220,7 @@ def _checked(line: bytes, seq: int, before: str) -> tuple[_Event, str | None]:
         return _unknown(seq, before), f"not an event: {error}"
     if len(line) >= MAX_LINE:
         return event, f"longer than {MAX_LINE} bytes"
-    if not _TIME.fullmatch(event.time):
+    if event.time.translate(_DIGITS) != _TIME:
         event.time = before
         return event, "its time is not one"
     if event.time < before:
