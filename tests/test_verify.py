@@ -297,15 +297,15 @@ def newest_checkpoint(place: Place) -> bytes:
 
 
 ROWS: dict[str, Row] = {
-    "a line changed": Row(lambda p: change(p, p.middle), middle, "not the line that"),
-    "the first line changed": Row(lambda p: change(p, 0), lambda p: 0, "not the line that"),
+    "a line changed": Row(lambda p: change(p, p.middle), middle, "was changed since"),
+    "the first line changed": Row(lambda p: change(p, 0), lambda p: 0, "was changed since"),
     "the last line changed": Row(
-        lambda p: change(p, p.size - 1), last, "not the line that", refused=True
+        lambda p: change(p, p.size - 1), last, "was changed since", refused=True
     ),
     "a line swapped": Row(
         lambda p: swap(p, p.middle), middle, r"has seq {after} in place of {middle}$"
     ),
-    "two events exchanged": Row(lambda p: swap_contents(p, p.middle), middle, "not the line that"),
+    "two events exchanged": Row(lambda p: swap_contents(p, p.middle), middle, "was changed since"),
     "a line repeated": Row(
         lambda p: repeat(p, p.middle),
         lambda p: p.middle + 1,
@@ -315,7 +315,7 @@ ROWS: dict[str, Row] = {
         lambda p: drop(p, p.middle), middle, r"has seq {after} in place of {middle}$"
     ),
     "a line dropped, the others renumbered": Row(
-        lambda p: drop_and_renumber(p, p.middle), middle, "not the line that", refused=True
+        lambda p: drop_and_renumber(p, p.middle), middle, "was changed since", refused=True
     ),
     "the last line dropped": Row(lambda p: cut(p, p.size - 1), last, r"is missing", refused=True),
     "the end of a segment cut": Row(
@@ -350,13 +350,13 @@ ROWS: dict[str, Row] = {
     "a cut tail continued": Row(
         lambda p: go_on(p, p.size - 30, 40),
         lambda p: p.size - 30,
-        "not the line that",
+        "was changed since",
         refused=True,
     ),
     "a cut tail continued, not as far": Row(
         lambda p: go_on(p, p.size - 30, 20),
         lambda p: p.size - 30,
-        "not the line that",
+        "was changed since",
         refused=True,
     ),
     "segments overlap": Row(lambda p: overlap(p, p.middle), middle, "is there twice"),

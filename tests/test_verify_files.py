@@ -334,7 +334,7 @@ async def test_the_command_on_a_log_that_was_changed(place: Place) -> None:
     line = place.middle - int(name[6:18]) + 1
     where = f"event {place.middle}, line {line} of {name}"
     assert plain.code == document.code == 1
-    assert plain.out.startswith(f"DIFFERENT: {where}: not the line that ")
+    assert plain.out.startswith(f"DIFFERENT: {where}: was changed since ")
     assert document.json["valid"] is False
     assert document.json["differences"][0]["seq"] == place.middle
     assert document.json["differences"][0]["place"] == where

@@ -255,7 +255,7 @@ class Ledger:
     def _contradicted(self, statement: Statement) -> tuple[int | None, str, str]:
         seq = self._first_changed(0, statement)
         if seq is not None:
-            return seq, "", f"not the line that {statement.place} was signed over"
+            return seq, "", f"was changed since {statement.place} was signed"
         problem = f"was signed over other events than the first {statement.size} of this log"
         return None, statement.place, problem
 
@@ -263,18 +263,18 @@ class Ledger:
         good, statement = wrong
         seq = self._first_changed(good, statement)
         if seq is not None:
-            return seq, "", f"not the line that {statement.place} was signed over"
+            return seq, "", f"was changed since {statement.place} was signed"
         last = statement.size - 1
         return (
             good,
             "" if good == last else f"somewhere among events {good} to {last}",
-            f"not what {statement.place} was signed over (tree/ does not tell which line)",
+            f"changed since {statement.place} was signed (tree/ does not tell which line)",
         )
 
     def _missing(self, beyond: Statement) -> tuple[int, str, str]:
         seq = self._first_changed(self._good, beyond)
         if seq is not None and seq < self.size:
-            return seq, "", f"not the line that {beyond.place} was signed over"
+            return seq, "", f"was changed since {beyond.place} was signed"
         last = beyond.size - 1
         which = f"event {last} is" if self.size == last else f"events {self.size} to {last} are"
         return (
