@@ -17,11 +17,13 @@ from flowmason_secrets.core import tlogproof
 from flowmason_secrets.core.checkpoint import Checkpoint
 from flowmason_secrets.core.merkle import Frontier, leaf_hashes
 from flowmason_secrets.core.note import Signer, Verifier
+from flowmason_secrets.core.tiles import Edge
 from flowmason_secrets.storage import scanning
 from flowmason_secrets.verifying import Request, verify
+from flowmason_secrets.walking import Archived
 
 from .harness.server import ServerProcess, issue_key, session, settings_for
-from .harness.signed import key_of, newest, raw_lines, sign, tree_of, verifier_of
+from .harness.signed import history, key_of, newest, raw_lines, sign, tree_of, verifier_of
 from .test_cli import Ended, run
 from .test_signing import write
 from .test_verify import Place, change, cut, made, place, sign_anew
@@ -90,14 +92,49 @@ def test_archived_segments_are_part_of_the_log(
         assert place.verify(archives=[archive]) == made.verify()
 
 
+def edge_of(root: Path, minimum: int) -> tuple[bytes, ...]:
+    """The edge of the tree of the first lines. # format §10.1"""
+    edge = Edge()
+    edge.extend(leaf_hashes(raw_lines(root)[:minimum]))
+    rows = {tile.level: data for tile, data in edge.partial()}
+    return tuple(rows.get(level, b"") for level in range(max(rows) + 1))
+
+
 def test_archived_segments_may_be_known_by_their_hashes_alone(
     made: Place, place: Place, archive: Path
 ) -> None:
     minimum = int(place.segments[0].name[6:18])
-    verdict = place.verify(minimum=minimum)
-    assert (verdict.differences, verdict.absent) == ([], minimum)
-    assert verdict.root == made.verify().root
-    assert place.verify(minimum=minimum - 1).differences[0].seq == 0
+    for edge in ((), edge_of(made.root, minimum)):
+        verdict = place.verify(archived=Archived(minimum, edge))
+        assert (verdict.differences, verdict.absent, verdict.unknown) == ([], minimum, 0)
+        assert verdict.root == made.verify().root
+    first = place.verify(archived=Archived(minimum, edge[::-1])).differences[0]
+    assert (first.place, first.seq) == ("minimum", minimum)
+    assert place.verify(archived=Archived(minimum - 1)).differences[0].seq == 0
+
+
+def test_archived_segments_may_be_known_by_the_edge_of_their_tree_alone(
+    made: Place, place: Place, archive: Path
+) -> None:
+    """Also if an interrupted archiving left some of them."""
+    minimum = int(place.segments[0].name[6:18])
+    edge = edge_of(made.root, minimum)
+    shutil.rmtree(place.root / "tree")
+    first = place.verify(archived=Archived(minimum)).differences[0]
+    assert (first.place, first.seq) == ("tree/tile/0/000", 0)
+    for _ in range(2):
+        verdict = place.verify(archived=Archived(minimum, edge))
+        assert (verdict.differences, verdict.absent) == ([], minimum)
+        assert verdict.root == made.verify().root
+        older = [note for note in history(place.root) if int(note.splitlines()[1]) < minimum]
+        assert verdict.unknown >= len(older) > 0
+        shutil.copy(made.segments[1], place.root / "events")
+    wrong = (bytes(len(edge[0])), *edge[1:])
+    first = place.verify(archived=Archived(minimum, wrong)).differences[0]
+    assert first.seq == minimum
+    assert place.verify(archived=Archived(minimum, edge[:1])).differences[0].place == "minimum"
+    change(place, minimum + 5)
+    assert place.verify(archived=Archived(minimum, edge)).differences[0].seq == minimum
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

@@ -21,7 +21,7 @@ from .storage.durable import Durable
 from .storage.published import Layout
 from .storage.scanning import Quote
 from .storage.tree import TileFiles
-from .walking import Log, Position, Torn, Walk
+from .walking import Archived, Log, Position, Torn, Walk
 
 # Logs below so many bytes are verified before other processes have started.
 SMALL = 16 << 20
@@ -34,16 +34,15 @@ _FEW = 5
 class Request:
     """What to verify. `verifiers` are the log's keys; if there are none, no signature is checked.
 
-    `minimum`: lines below it may be missing; the tiles have their hashes. `since` is an older
-    checkpoint of which the log has to be the continuation. So many `processes` do it, unless there
-    is little to do.
+    `since` is an older checkpoint of which the log has to be the continuation. So many `processes`
+    do it, unless there is little to do.
     """
 
     root: Path
     verifiers: Sequence[Verifier] = ()
     since: bytes | None = None
     archives: Sequence[Path] = ()
-    minimum: int = 0
+    archived: Archived = Archived()  # noqa: RUF009 - it is immutable
     processes: int = 1
 
 
@@ -52,9 +51,11 @@ class Verdict:
     """What was found. Without `differences` the log is the one that was signed as `origin`.
 
     It has `events` lines with root `root`, `signed` of them under the newest checkpoint; of the
-    first `absent` there are only hashes. `times` are those of the first and the last line.
-    `checkpoints` is how many the history has, `foreign` the keys of checkpoints in the lines that
-    are not among the log's keys. `differences` are the first of `count`.
+    first `absent` there are only hashes. `times` are those of the first and the last line. The
+    history has so many `checkpoints`; `unknown` counts statements about fewer than `absent` events
+    that could not be compared, because even the hashes are gone. `foreign` names keys of
+    checkpoints in the lines that are not among the log's keys. `differences` are the first of
+    `count`.
     """
 
     origin: str | None
@@ -64,6 +65,7 @@ class Verdict:
     absent: int
     times: tuple[str, str]
     checkpoints: int
+    unknown: int
     foreign: list[str]
     torn: list[str]
     differences: list[Difference]
@@ -97,7 +99,7 @@ def verify(
     # It is never asked to write.
     tiles = TileFiles(layout.tree, layout.events, Durable())
     with pool(request.processes if total + known.after >= SMALL else 1) as workers:
-        log = Log(sources, tiles, request.minimum, workers)
+        log = Log(sources, tiles, request.archived, workers)
         return _Verification(request, known, log).run(lambda done: advance(done, total))
 
 
@@ -262,6 +264,7 @@ class _Verification:
             absent=position.absent,
             times=(position.first_time, position.last_time),
             checkpoints=self._checkpoints,
+            unknown=ledger.unknown,
             foreign=sorted(self._foreign),
             torn=[_tail(torn) for torn in position.torn],
             differences=differences,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .core.ledger import Differences, Ledger, Statement
-from .core.merkle import HASH_BYTES
-from .core.tiles import WIDTH, Tile, split_hashes
+from .core.merkle import HASH_BYTES, Unverified
+from .core.tiles import WIDTH, Edge, Tile, split_hashes
 from .processes import Pool
 from .storage import scanning
 from .storage.scanning import Quote, Scanned, Source
@@ -39,12 +39,21 @@ class Position:
     torn: list[Torn] = field(default_factory=list)
 
 
+class Archived(NamedTuple):
+    """Lines below `minimum` may be missing. Their tiles have their hashes; if those are missing
+    too, `edge` has what of their tree is needed to go on. # format §10.1
+    """
+
+    minimum: int = 0
+    edge: tuple[bytes, ...] = ()
+
+
 class Log(NamedTuple):
-    """The files of a log; lines below `minimum` may be only in tiles."""
+    """The files of a log."""
 
     sources: Sequence[Source]
     tiles: TileFiles
-    minimum: int
+    archived: Archived
     pool: Pool
 
 
@@ -81,7 +90,8 @@ class Walk:
         for source, (_, group) in zip(self._log.sources, groups, strict=True):
             if not self._follows(source):
                 return self.position
-            self._read(source, _counted(group, source, done, advance))
+            if source.first >= self.position.seq:
+                self._read(source, _counted(group, source, done, advance))
             done += source.size
         torn = self._torn
         if torn is not None and (torn.seq < signed or torn.place == 0):
@@ -96,40 +106,61 @@ class Walk:
             self.position.torn.append(torn)
 
     def _follows(self, source: Source) -> bool:
-        """Whether the segment continues the log, if need be after lines that are only in tiles."""
+        """Whether the segment continues the log, if need be after lines that were archived."""
         seq, first, torn = self.position.seq, source.first, self._torn
         if torn is not None and (first != seq or torn.place == 0):
             self._differences.add(seq, "", torn.problem)
             return False
         if torn is not None:
             self._forgive(torn)
+        if first < seq == self.position.absent:
+            # Of segments that were about to be removed, when there was no other way to go on.
+            return True
         if first < seq:
             problem = f"is there twice: the segment before it goes on to event {seq - 1}"
             self._differences.add(first, "", problem)
             return False
-        if seq < first <= self._log.minimum:
-            return self._from_tiles(first)
+        if seq < first <= self._log.archived.minimum:
+            return self._without_lines(first)
         if seq < first:
             which = f"event {seq} is" if first == seq + 1 else f"events {seq} to {first - 1} are"
             self._differences.add(seq, f"before {source.name}", f"{which} missing")
             return False
         return True
 
-    def _from_tiles(self, stop: int) -> bool:
-        """Take the hashes of lines that are not there. # format §9.4"""
-        position = self.position
-        while position.seq < stop:
-            number, place = divmod(position.seq, WIDTH)
-            width = min(stop - number * WIDTH, WIDTH)
-            data = self._log.tiles.stored(Tile(0, number, width))
-            if data is None:
-                problem = "is missing: it has the hashes of lines that are not there"
-                self._differences.add(position.seq, f"tree/{Tile(0, number).path}", problem)
+    def _without_lines(self, stop: int) -> bool:
+        """Go on behind archived lines, with the hashes in their tiles, or with their edge."""
+        position, (minimum, edge) = self.position, self._log.archived
+        problem = None
+        while position.seq < stop and problem is None:
+            problem = self._from_tile(stop)
+        if problem is not None and not edge:
+            self._differences.add(position.seq, *problem)
+            return False
+        if problem is not None:
+            try:
+                self._ledger.resume(Edge(minimum, lambda tile: edge[tile.level]))
+            except (Unverified, IndexError):
+                self._differences.add(position.seq, "minimum", "has no edge of such a tree")
                 return False
-            self._ledger.extend(split_hashes(data, width)[place:])
-            position.seq = number * WIDTH + width
-        position.absent = stop
+            position.seq = minimum
+        elif stop == minimum and edge and self._ledger.edge() != edge:
+            self._differences.add(minimum, "minimum", "has another edge than the tree in tree/")
+        position.absent = position.seq
         return True
+
+    def _from_tile(self, stop: int) -> tuple[str, str] | None:
+        """Take the hashes of the next lines from their tile; returns what is wrong with it."""
+        position = self.position
+        number, place = divmod(position.seq, WIDTH)
+        width = min(stop - number * WIDTH, WIDTH)
+        data = self._log.tiles.stored(Tile(0, number, width))
+        if data is None:
+            path = Tile(0, number).path
+            return f"tree/{path}", "is missing: it has the hashes of lines that are not there"
+        self._ledger.extend(split_hashes(data, width)[place:])
+        position.seq = number * WIDTH + width
+        return None
 
     def _read(self, source: Source, group: Iterable[Scanned]) -> None:
         """Take the lines of a segment, up to the first one that is not valid."""

@@ -50,6 +50,7 @@ class Report(msgspec.Struct, frozen=True):
     first_time: str
     last_time: str
     checkpoints: int
+    checkpoints_not_compared: int
     signatures: str
     unknown_keys: list[str]
     torn: list[str]
@@ -210,6 +211,7 @@ def _report(verdict: "Verdict", keys: Keys) -> Report:
         first_time=verdict.times[0],
         last_time=verdict.times[1],
         checkpoints=verdict.checkpoints,
+        checkpoints_not_compared=verdict.unknown,
         signatures=keys.source,
         unknown_keys=verdict.foreign,
         torn=verdict.torn,
@@ -252,6 +254,11 @@ def _notes(verdict: "Verdict", keys: Keys) -> Iterator[str]:
     if verdict.foreign:
         names = ", ".join(verdict.foreign)
         yield f"The lines quote checkpoints by other keys, not checked: {names}. Add their --vkey."
+    if verdict.unknown:
+        yield (
+            f"{verdict.unknown:,} checkpoints of fewer than {verdict.absent:,} events could not be "
+            "compared: the hashes of archived events are not in tree/ any more. Give --archive."
+        )
     unsigned = verdict.events - verdict.signed
     if unsigned and not verdict.count:
         yield f"{unsigned:,} events behind the newest checkpoint are not signed yet."

@@ -94,6 +94,8 @@ class Ledger:
         self._recent: OrderedDict[int, bytes] = OrderedDict()
         # Statements about sizes that are further back than the newest roots.
         self.late: list[Statement] = []
+        # How many statements could not be compared.
+        self.unknown = 0
         self._good = good
         self._wrong: _Range | None = None
         # Statements that are not true, although later ones are.
@@ -111,6 +113,11 @@ class Ledger:
         """The root over all of them."""
         return self._edge.root()
 
+    def edge(self) -> tuple[bytes, ...]:
+        """The hashes of the last tile of each level, empty if it is full. # format §10.1"""
+        partial = {tile.level: data for tile, data in self._edge.partial()}
+        return tuple(partial.get(level, b"") for level in range(max(partial, default=-1) + 1))
+
     def expect(self, statement: Statement) -> None:
         """Compare one more statement, of any size."""
         if statement.size > self.size:
@@ -119,6 +126,20 @@ class Ledger:
             self._compare(statement, root)
         else:
             self.late.append(statement)
+
+    def resume(self, edge: Edge) -> None:
+        """Go on behind lines of which there is nothing left but the edge of their tree: what was
+        stated of fewer can't be compared.
+        """
+        self._edge = edge
+        self._good = edge.size
+        while self._next is not None and self._next.size < edge.size:
+            self.unknown += 1
+            self._next = next(self._statements, None)
+        while self._soon and self._soon[0].size < edge.size:
+            self.unknown += 1
+            heapq.heappop(self._soon)
+        self._settle()
 
     def extend(self, leaves: Sequence[bytes]) -> None:
         """Append leaf hashes."""
