@@ -264,6 +264,25 @@ def other_root(place: Place) -> None:
     path.write_bytes(b"".join(lines))
 
 
+def without_header(place: Place) -> None:
+    """A segment begins with another event, and all of it is signed."""
+
+    def other(lines: list[bytes], at: int) -> None:
+        lines[at] = (
+            orjson.dumps(orjson.loads(lines[at + 1]) | {"seq": place.sealed, "id": "0"}) + b"\n"
+        )
+
+    place.edit(place.sealed, other)
+    sign_anew(place)
+
+
+def swap_entries(place: Place) -> None:
+    path = place.root / "checkpoints.ndjson"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2:4] = lines[3], lines[2]
+    path.write_bytes(b"".join(lines))
+
+
 class Row(NamedTuple):
     """How a log is tampered with; the seq and the place that are named first, and the reason;
     whether the service refuses to start on it.
@@ -388,6 +407,15 @@ ROWS: dict[str, Row] = {
     "a forged entry of the history": Row(forge_entry, nowhere, "no known key has signed"),
     "a statement about another log": Row(other_root, nowhere, "was signed over other events"),
     "time turned back": Row(lambda p: turn_back_time(p, p.middle), middle, "its time 2020-01-01"),
+    "time turned back between segments": Row(
+        lambda p: turn_back_time(p, p.sealed), lambda p: p.sealed, "its time 2020-01-01"
+    ),
+    "a segment without its first line": Row(
+        without_header, lambda p: p.sealed, "not the first line of a segment"
+    ),
+    "two entries of the history swapped": Row(
+        swap_entries, nowhere, r"is of \d+ events, and the one before it of \d+"
+    ),
     "no checkpoint": Row(lambda p: (p.root / "checkpoint").unlink(), nowhere, "is missing"),
     "no history": Row(lambda p: (p.root / "checkpoints.ndjson").unlink(), nowhere, "is missing"),
 }

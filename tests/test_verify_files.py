@@ -5,6 +5,7 @@ the command.
 import asyncio
 import gzip
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from flowmason_secrets.verifying import Request, verify
 from flowmason_secrets.walking import Archived
 
 from .harness.server import ServerProcess, issue_key, session, settings_for
-from .harness.signed import history, key_of, newest, raw_lines, sign, tree_of, verifier_of
+from .harness.signed import history, key_of, newest, raw_lines, sign, tree_of, until, verifier_of
 from .test_cli import Ended, run
+from .test_cli import Place as CommandPlace
+from .test_cli_output import Terminal
 from .test_signing import write
 from .test_verify import Place, change, cut, made, place, sign_anew
 
@@ -58,6 +61,29 @@ def test_it_is_the_same_in_blocks_and_in_processes(
         total = sum(one.stat().st_size for one in place.segments)
         assert progress[-1] == (total, total)
         assert progress == sorted(progress)
+
+
+async def test_processes_end_with_who_started_them() -> None:
+    """Killed while they work."""
+    script = (
+        "import time; from flowmason_secrets.processes import pool\n"
+        "with pool(2) as two: list(two.each(time.sleep, [600, 600, 600]))"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        await until(lambda: len(descendants(process.pid)) >= 3)
+        started = descendants(process.pid)
+    finally:
+        process.kill()
+        await process.wait()
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started: those of the pool, and one that Python adds."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 # --- archives ---------------------------------------------------------------------------------
@@ -226,7 +252,8 @@ def test_a_torn_line_of_the_history(place: Place) -> None:
     data = path.read_bytes()
     line = data.splitlines(keepends=True)[-1]
     before = data.removesuffix(line)
-    for end in range(1, len(line) - 1):
+    whole = len(line) - 1
+    for end in (*range(1, whole - 12, 4), *range(whole - 12, whole)):
         for torn in (data + line[:end], before + line[:end] + b"\n" + line):
             path.write_bytes(torn)
             assert place.verify().differences == [], torn
@@ -375,6 +402,15 @@ async def test_the_command_on_a_log_that_was_changed(place: Place) -> None:
     assert document.json["valid"] is False
     assert document.json["differences"][0]["seq"] == place.middle
     assert document.json["differences"][0]["place"] == where
+
+
+async def test_on_a_terminal_there_is_a_bar_and_then_the_verdict(place: Place) -> None:
+    terminal = Terminal()
+    here = CommandPlace(place.root, (f"--data-dir={place.root}",), {}, "")
+    assert await terminal.run(here, "verify") == 0
+    assert "Verifying" in terminal.shown
+    last = terminal.shown.rpartition("VALID: ")[2]
+    assert last.startswith(f"{place.size} events")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -44,15 +45,16 @@ def pool(processes: int) -> Iterator[Pool]:
         yield Pool()
         return
     # Forking would copy locks that other threads, a progress bar's, hold at the moment.
-    executor = ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent)
+    executor = ProcessPoolExecutor(processes, get_context("spawn"), _obey_parent)
     try:
         yield Pool(executor, 2 * processes)
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Processes whose parent is killed would wait for work for ever."""
+def _obey_parent() -> None:
+    """Ctrl-C is for the parent to act upon; without it they would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None  # noqa: S101 - this is a process of a pool
 

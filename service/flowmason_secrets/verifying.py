@@ -235,7 +235,7 @@ class _Verification:
         add = self._differences.add
         if self._known.newest is None:
             if self._before[0] or (position.seq and not self._checkpoints):
-                add(None, "the newest checkpoint", "is missing")
+                add(None, "the newest checkpoint", "is missing: nothing says what was signed last")
         elif not self._known.after:
             add(None, "checkpoints.ndjson", "is missing")
         elif newest is not None and newest.size < self._before[0]:

@@ -169,7 +169,7 @@ class Walk:
         for one in group:
             if bad is not None:
                 continue
-            if one.first >= 0 and (one.start, one.first) != (place, position.seq):
+            if one.first not in (-1, position.seq):
                 bad = f"has seq {one.first} in place of {position.seq}"
                 continue
             if one.first >= 0:

@@ -162,7 +162,7 @@ def verify(
         keys.verifiers,
         None if since is None else since.read_bytes(),
         archives,
-        processes=supervisor.cores(),
+        processes=len(supervisor.places(0)),
     )
     with _bar() as advance:
         verdict = verifying.verify(request, advance)

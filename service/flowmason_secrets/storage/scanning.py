@@ -74,15 +74,14 @@ class Quote(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """What is in a block of `segment`: the valid lines at its beginning, from place `start` to
-    `end` of the segment, the first of which has seq `first`, or -1 if there are none.
+    """What is in a block of `segment`: the valid lines at its beginning. They end at place `end` of
+    the segment, and the first of them has seq `first`; that is -1 if there are none.
 
     `leaves` are their hashes, one after the other. `bad` says what is wrong with what follows them,
     None if nothing does.
     """
 
     segment: int
-    start: int
     end: int
     first: int
     leaves: bytes
@@ -245,7 +244,7 @@ def _scanned(
     segment, start = place
     end = start + sum(map(len, lines)) + len(lines)
     if not events:
-        return Scanned(segment, start, end, -1, b"", ("", ""), faults, [], bad)
+        return Scanned(segment, end, -1, b"", ("", ""), faults, [], bad)
     if start == 0 and (len(lines[0]) + 1 < HEADER_BYTES or events[0].action != "log.segment"):
         faults.append(Fault(events[0].seq, "not the first line of a segment"))
     quotes = [
@@ -256,7 +255,7 @@ def _scanned(
     ]
     times = (events[0].time, events[-1].time)
     leaves = b"".join(leaf_hashes(lines))
-    return Scanned(segment, start, end, events[0].seq, leaves, times, faults, quotes, bad)
+    return Scanned(segment, end, events[0].seq, leaves, times, faults, quotes, bad)
 
 
 def _read(block: Block) -> tuple[int, bytes]:
