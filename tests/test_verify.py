@@ -178,7 +178,8 @@ def cut(place: Place, size: int) -> None:
 
 def go_on(place: Place, seq: int, count: int) -> None:
     """Cut, and continue with new events, later ones of the same kind."""
-    last = orjson.loads(raw_lines(place.root)[-1])
+    reads = [line for line in raw_lines(place.root) if b'"action":"secret.read"' in line]
+    last = orjson.loads(reads[-1])
     cut(place, seq)
     with place.segments[-1].open("ab") as file:
         for number in range(seq, seq + count):
@@ -281,6 +282,11 @@ def swap_entries(place: Place) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     lines[2:4] = lines[3], lines[2]
     path.write_bytes(b"".join(lines))
+
+
+def other_cosigned(place: Place) -> None:
+    note = Checkpoint(place.signer.name, 7, bytes(32)).sign(place.signer)
+    (place.root / "checkpoint.cosigned").write_bytes(note)
 
 
 class Row(NamedTuple):
@@ -415,6 +421,12 @@ ROWS: dict[str, Row] = {
     ),
     "two entries of the history swapped": Row(
         swap_entries, nowhere, r"is of \d+ events, and the one before it of \d+"
+    ),
+    "a cosigned checkpoint of another log": Row(
+        other_cosigned, nowhere, "was signed over other events than the first 7"
+    ),
+    "no cosigned checkpoint": Row(
+        lambda p: (p.root / "checkpoint.cosigned").write_bytes(b"\n"), nowhere, "the note has no"
     ),
     "no checkpoint": Row(lambda p: (p.root / "checkpoint").unlink(), nowhere, "is missing"),
     "no history": Row(lambda p: (p.root / "checkpoints.ndjson").unlink(), nowhere, "is missing"),

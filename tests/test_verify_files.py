@@ -3,6 +3,7 @@ the command.
 """
 
 import asyncio
+import base64
 import gzip
 import shutil
 import sys
@@ -12,12 +13,13 @@ from pathlib import Path
 import orjson
 import pytest
 import zstandard
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from flowmason_secrets import app, verifying
-from flowmason_secrets.core import tlogproof
+from flowmason_secrets.core import checkpoint, tlogproof
 from flowmason_secrets.core.checkpoint import Checkpoint
 from flowmason_secrets.core.merkle import Frontier, leaf_hashes
-from flowmason_secrets.core.note import Signer, Verifier
+from flowmason_secrets.core.note import COSIGNATURE, Signature, Signer, Verifier, cosigned
 from flowmason_secrets.core.tiles import Edge
 from flowmason_secrets.storage import scanning
 from flowmason_secrets.verifying import Request, verify
@@ -119,7 +121,7 @@ def test_archived_segments_are_part_of_the_log(
 
 
 def edge_of(root: Path, minimum: int) -> tuple[bytes, ...]:
-    """The edge of the tree of the first lines. # format §10.1"""
+    """The edge of the tree of the first lines."""
     edge = Edge()
     edge.extend(leaf_hashes(raw_lines(root)[:minimum]))
     rows = {tile.level: data for tile, data in edge.partial()}
@@ -349,6 +351,27 @@ def test_lines_that_are_signed_and_yet_no_events(
     sign_anew(place)
     first = place.verify().differences[0]
     assert (first.seq, words in first.problem) == (seq, True), first
+
+
+def test_cosignatures_are_checked_by_who_has_the_key(place: Place) -> None:
+    own = place.signer.verifier
+    witness = Verifier("witness/1", own.public, COSIGNATURE)
+    path = place.root / "checkpoint.cosigned"
+    note = (place.root / "checkpoint").read_bytes()
+    text = checkpoint.read(note)[1].text
+    for time, wrong in ((5, False), (6, True)):
+        data = time.to_bytes(8, "big") + signed_with(place, cosigned(text, 5))
+        path.write_bytes(note + Signature(witness.name, witness.key_id, data).line.encode())
+        assert place.verify().differences == []
+        found = verify(Request(place.root, [own, witness])).differences
+        assert [one.place for one in found] == ["the cosigned checkpoint"] * wrong
+
+
+def signed_with(place: Place, message: bytes) -> bytes:
+    """A signature by the log's key, which plays the witness."""
+    encoded = key_of(place.root).read_text().strip().rpartition("+")[2]
+    seed = base64.b64decode(encoded)[1:]
+    return Ed25519PrivateKey.from_private_bytes(seed).sign(message)
 
 
 # --- one proof, and the command ---------------------------------------------------------------

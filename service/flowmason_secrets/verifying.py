@@ -1,4 +1,4 @@
-"""Verifying a log from its files alone: no server, no database, nothing is written. FORMAT.md §9.7.
+"""Verifying a log from its files alone: no server, no database, nothing is written. FORMAT.md §9.8.
 
 What was stated of it is read here; `walking` reads its lines, and `core.ledger` compares them.
 """
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .core import checkpoint
+from .core.checkpoint import Checkpoint
 from .core.ledger import Difference, Differences, Ledger, Statement
 from .core.merkle import Unverified
 from .core.note import Verifier
 from .processes import pool
 from .storage import history, scanning
+from .storage.checkpoints import Checkpoints
 from .storage.durable import Durable
 from .storage.published import Layout
 from .storage.scanning import Quote
@@ -73,11 +75,12 @@ class Verdict:
 
 
 class _Known(NamedTuple):
-    """What was there when it began: the newest checkpoint, and how long the history was before
-    that was read and after it. The service writes the history first.
+    """What was there when it began: the newest checkpoint, the newest cosigned one, and how long
+    the history was before they were read and after it. The service writes the history first.
     """
 
     newest: bytes | None
+    cosigned: bytes | None
     before: int
     after: int
 
@@ -104,12 +107,10 @@ def verify(
 
 
 def _known(layout: Layout) -> _Known:
+    checkpoints = Checkpoints(layout, Durable())
     before = _length(layout.checkpoints)
-    try:
-        newest = layout.checkpoint.read_bytes()
-    except FileNotFoundError:
-        newest = None
-    return _Known(newest, before, _length(layout.checkpoints))
+    newest, cosigned = checkpoints.newest(), checkpoints.cosigned()
+    return _Known(newest, cosigned, before, _length(layout.checkpoints))
 
 
 def _length(path: Path) -> int:
@@ -143,7 +144,9 @@ class _Verification:
         """Verify."""
         newest = self._statement("the newest checkpoint", self._known.newest)
         since = self._statement("the older checkpoint", self._since)
-        others = [one for one in (newest, since, *self._headers()) if one is not None]
+        others = [
+            one for one in (newest, since, self._cosigned(), *self._headers()) if one is not None
+        ]
         others.sort(key=_by_size)
         signed = max(newest.size if newest else 0, self._last_signed())
         statements = merge(self._signed(), others, key=_by_size)
@@ -213,15 +216,10 @@ class _Verification:
     def _quoted(self, quote: Quote) -> Statement | None:
         seq, note = quote
         try:
-            found, parsed = checkpoint.read(note.encode())
-            ours = any(key.made(by) for key in self._verifiers for by in parsed.signatures)
-            if ours:
-                checkpoint.verify(note.encode(), self._verifiers)
+            found, ours = self._maybe_older(note.encode())
         except Unverified as error:
             self._differences.add(seq, "", f"quotes what is no checkpoint of this log: {error}")
             return None
-        if self._verifiers and not ours and len(self._foreign) < _FEW:
-            self._foreign |= {f"{by.name}+{by.key_id.hex()}" for by in parsed.signatures}
         if found.size > seq:
             problem = f"quotes a checkpoint of {found.size} events, which were not there yet"
             self._differences.add(seq, "", problem)
@@ -229,6 +227,32 @@ class _Verification:
         if ours or not self._verifiers:
             self._quoted_most = max(self._quoted_most, (found.size, seq))
         return Statement(found.size, found.root, f"the checkpoint in event {seq}")
+
+    def _cosigned(self) -> Statement | None:
+        """# format §9.7"""
+        place = "the cosigned checkpoint"
+        if self._known.cosigned is None:
+            return None
+        try:
+            found, _ = self._maybe_older(self._known.cosigned)
+        except Unverified as error:
+            self._differences.add(None, place, str(error))
+            return None
+        return Statement(found.size, found.root, place)
+
+    def _maybe_older(self, note: bytes) -> tuple[Checkpoint, bool]:
+        """What is stated, maybe under a key that the log had before, and whether it is not.
+
+        Raises:
+            Unverified: it is not a checkpoint, or its signature by a key of the log is wrong.
+        """
+        found, parsed = checkpoint.read(note)
+        ours = any(key.made(by) for key in self._verifiers for by in parsed.signatures)
+        if ours:
+            checkpoint.verify(note, self._verifiers)
+        elif self._verifiers and len(self._foreign) < _FEW:
+            self._foreign |= {f"{by.name}+{by.key_id.hex()}" for by in parsed.signatures}
+        return found, ours
 
     def _hold_newest(self, newest: Statement | None, position: Position) -> None:
         """Whether `checkpoint` and the history belong together. # format §9.3"""
