@@ -369,7 +369,7 @@ def test_cosignatures_are_checked_by_who_has_the_key(place: Place) -> None:
 
 def signed_with(place: Place, message: bytes) -> bytes:
     """A signature by the log's key, which plays the witness."""
-    encoded = key_of(place.root).read_text().strip().rpartition("+")[2]
+    encoded = key_of(place.root).read_text().strip().split("+", 4)[4]
     seed = base64.b64decode(encoded)[1:]
     return Ed25519PrivateKey.from_private_bytes(seed).sign(message)
 

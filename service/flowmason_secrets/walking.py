@@ -41,7 +41,7 @@ class Position:
 
 class Archived(NamedTuple):
     """Lines below `minimum` may be missing. Their tiles have their hashes; if those are missing
-    too, `edge` has what of their tree is needed to go on.
+    too, `edge` has what of their tree is needed to go on. # format §11.1
     """
 
     minimum: int = 0

@@ -1,8 +1,6 @@
 """`flowmason-secrets verify`."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +14,9 @@ from ..core.errors import ConfigurationError
 from ..core.merkle import Unverified
 from ..core.note import Verifier, encode_base64
 from ..storage.durable import Durable
+from ..storage.minimum import MinimumFile
 from ..storage.signing import SigningKey
-from . import output
+from . import output, progress
 from .where import json_option
 
 if TYPE_CHECKING:
@@ -143,6 +142,7 @@ def verify(
     """
     # The other commands need not wait for it.
     from .. import verifying
+    from ..walking import Archived
 
     settings = config.from_environment()
     if data_dir is not None:
@@ -157,14 +157,16 @@ def verify(
         raise click.UsageError("--event goes with --receipt.")
     if not (settings.root / "events").is_dir():
         raise ConfigurationError(f"There is no event log in {settings.root}.")
+    archived = MinimumFile.beside(settings.root / "events").read()
     request = verifying.Request(
         settings.root,
         keys.verifiers,
         None if since is None else since.read_bytes(),
         archives,
-        processes=len(supervisor.places(0)),
+        Archived(archived.minimum, archived.edge),
+        len(supervisor.places(0)),
     )
-    with _bar() as advance:
+    with progress.telling("Verifying") as advance:
         verdict = verifying.verify(request, advance)
     if as_json:
         output.document(_report(verdict, keys))
@@ -261,24 +263,9 @@ def _notes(verdict: "Verdict", keys: Keys) -> Iterator[str]:
         )
     unsigned = verdict.events - verdict.signed
     if unsigned and not verdict.count:
-        yield f"{unsigned:,} events behind the newest checkpoint are not signed yet."
+        yield f"Not signed yet, behind the newest checkpoint: {unsigned:,} events."
     for torn in verdict.torn:
         yield f"A crash left a torn tail, which is no part of the log: {torn}."
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    # Takes longer to import than everything else here.
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    columns = ("Verifying", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 # --- one proof --------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Ledger:
         return self._edge.root()
 
     def edge(self) -> tuple[bytes, ...]:
-        """The hashes of the last tile of each level, empty if it is full."""
+        """The hashes of the last tile of each level, empty if it is full. # format §11.1"""
         partial = {tile.level: data for tile, data in self._edge.partial()}
         return tuple(partial.get(level, b"") for level in range(max(partial, default=-1) + 1))
 
