@@ -1,6 +1,6 @@
 """Makes a log of many events and measures what may depend on its length: how fast the index is
 rebuilt and how large it is, how long the service takes to start, how long the first page of an
-audit query takes, and what a commit costs.
+audit query takes, what a commit costs, and how fast all of it is verified.
 """
 
 import argparse
@@ -272,6 +272,16 @@ async def commits(directory: Path, small: Path) -> list[Bound]:
     return [Bound("commit: cost beside that of a short log", long / short, 1.25)]
 
 
+def verification(directory: Path, events: int) -> list[Bound]:
+    """How many events a second are verified, of the log that was signed meanwhile."""
+    command = [sys.executable, "-m", "flowmason_secrets", "verify", f"--data-dir={directory}"]
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    rate = events / (time.perf_counter() - began)
+    print(done.stdout.strip())
+    return [Bound("verify: events a second", rate, 400_000, least=True)]
+
+
 def measure(place: Path, events: int) -> bool:
     """Make the logs, measure, and say whether every bound is kept."""
     directory, small = place / "long", place / "short"
@@ -284,6 +294,7 @@ def measure(place: Path, events: int) -> bool:
     bounds += asyncio.run(queries(directory))
     asyncio.run(summaries(directory))
     bounds += asyncio.run(commits(directory, small))
+    bounds += verification(directory, events)
     print(*bounds, sep="\n")
     return all(bound.kept for bound in bounds)
 

@@ -799,3 +799,32 @@ async def test_a_minimum_that_is_none(log: Log, text: str) -> None:
     (log.root / "minimum").write_text(text)
     with pytest.raises(LogDamaged, match="does not say which events were archived"):
         await app.open_service(settings_for(log.root))
+
+
+# --- verifying ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["zstd", "gzip"])
+async def test_it_is_verified_with_the_archive_and_without(log: Log, form: Form) -> None:
+    lines = log.lines()
+    await archived(log, form=form)
+    minimum = log.minimum
+    assert minimum > 0
+    since = orjson.loads(lines[minimum])["time"]
+
+    async def verified(*arguments: str) -> Ended:
+        ended = await run("verify", f"--data-dir={log.root}", *arguments)
+        assert ended.code == 0, ended
+        assert ended.out.startswith(f"VALID: {len(lines) + 1} events")
+        return ended
+
+    part = f"complete from event {minimum} on ({since})"
+    ended = await verified()
+    assert part in ended.out
+    assert "could not be compared" not in ended.err
+    assert "complete from" not in (await verified(f"--archive={log.to}")).out
+    shutil.rmtree(log.root / "tree")
+    ended = await verified()
+    assert part in ended.out
+    assert "could not be compared" in ended.err
+    assert "complete from" not in (await verified(f"--archive={log.to}")).out

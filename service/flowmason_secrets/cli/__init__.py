@@ -18,6 +18,7 @@ from .rotate import rotate_key
 from .secret import delete_secret, get_secret, list_secrets, metadata, set_secret
 from .serve import serve
 from .status import status
+from .verify import verify
 
 PROGRAM = "flowmason-secrets"
 
@@ -37,7 +38,7 @@ def cli(verbose: int) -> None:
 
 
 _SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-for command in (*_SECRETS, audit, keys, log, rotate_key, serve, status):
+for command in (*_SECRETS, audit, keys, log, rotate_key, serve, status, verify):
     cli.add_command(command)
 
 
