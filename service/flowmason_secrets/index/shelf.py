@@ -9,7 +9,7 @@ from .postings import decode, union
 from .terms import Terms
 
 # In bytes: what is asked again and again fits in, whatever the length of the log.
-_ROOM = 8 << 20
+_ROOM = 32 << 20
 _ENTRY = 100
 
 
