@@ -14,7 +14,7 @@ from yarl import URL
 from .. import __version__, config
 from ..api import shapes
 from ..core import times
-from ..core.drafts import Draft, KeyDraft, Precondition
+from ..core.drafts import Draft, KeyDraft, Precondition, Usage
 from ..core.errors import InvalidInput
 from ..core.ports import AuditQuery
 from ..core.records import SecretMetadata
@@ -104,6 +104,11 @@ class RemoteTarget:
 
     async def get(self, name: str) -> shapes.SecretValue:
         return self._decode(await self._send("GET", _secret(name)), shapes.SecretValue)
+
+    async def resolve(self, document: str, usage: Usage) -> shapes.ResolvedOut:
+        body = {"document": msgspec.Raw(document.encode())} | usage._asdict()
+        answer = await self._send("POST", "/api/v1/secrets/resolve", body=body)
+        return self._decode(answer, shapes.ResolvedOut)
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         body = {
