@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from .app import open_service
 from .config import Settings
 from .core.records import SecretMetadata
-from .library import MISSING, AsyncSecretsService, Json, Missing
+from .library import MISSING, AsyncSecretsService, Missing
 from .service import Service
 
 T = TypeVar("T")
@@ -163,11 +163,11 @@ class SecretsService:
 
     def resolve(
         self,
-        document: Json,
+        document: T,
         pipeline: str | None = None,
         stage: str | None = None,
         actor: str | None = None,
-    ) -> Json:
+    ) -> T:
         """The document with values in the place of the references `{{secrets.NAME}}`: of all of
         them, or it raises.
         """
@@ -225,9 +225,7 @@ def get_secrets_service(org_id: str) -> SecretsService:
         return _services[org_id]
 
 
-def resolve(
-    document: Json, org_id: str, pipeline: str | None = None, stage: str | None = None
-) -> Json:
+def resolve(document: T, org_id: str, pipeline: str | None = None, stage: str | None = None) -> T:
     """The document with values in the place of the references `{{secrets.NAME}}`, with the settings
     of the environment. See `AsyncSecretsService.resolve`, also for what it raises.
     """
@@ -235,8 +233,8 @@ def resolve(
 
 
 async def resolve_async(
-    document: Json, org_id: str, pipeline: str | None = None, stage: str | None = None
-) -> Json:
+    document: T, org_id: str, pipeline: str | None = None, stage: str | None = None
+) -> T:
     """The same for asynchronous callers, in any event loop, which it does not block."""
     service = get_secrets_service(org_id)
     return await asyncio.wrap_future(

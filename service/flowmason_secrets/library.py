@@ -20,9 +20,7 @@ from .core.records import SecretMetadata
 from .service import Service
 
 D = TypeVar("D")
-
-# What `json.dumps` takes.
-Json = dict[str, "Json"] | list["Json"] | str | int | float | None
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -115,11 +113,11 @@ class AsyncSecretsService:
 
     async def resolve(
         self,
-        document: Json,
+        document: T,
         pipeline: str | None = None,
         stage: str | None = None,
         actor: str | None = None,
-    ) -> Json:
+    ) -> T:
         """The document with values in the place of the references `{{secrets.NAME}}` in its
         strings, keys excepted. `\\{{secrets.NAME}}` becomes `{{secrets.NAME}}`, and two backslashes
         in front of a reference one. Values are never resolved again.
@@ -136,7 +134,7 @@ class AsyncSecretsService:
         service = await self._open()
         usage = Usage(pipeline, stage)
         resolved = await service.references.resolve(self._caller(actor), _encode(document), usage)
-        filled: Json = json.loads(resolved.document.reveal())
+        filled: T = json.loads(resolved.document.reveal())
         return filled
 
     async def get_metadata(self, name: str, actor: str | None = None) -> SecretMetadata:
@@ -223,7 +221,7 @@ class AsyncSecretsService:
         return app.local_caller(self.org_id, actor or self._actor)
 
 
-def _encode(document: Json) -> str:
+def _encode(document: object) -> str:
     try:
         # As they are: of two surrogates, escapes would make one character.
         return json.dumps(document, ensure_ascii=False, allow_nan=False)
