@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from hypothesis import strategies as st
 
 from flowmason_secrets import app
 from flowmason_secrets.core.access import Caller
-from flowmason_secrets.core.drafts import Draft, Usage
+from flowmason_secrets.core.drafts import Draft, KeyDraft, Usage
+from flowmason_secrets.core.intents import Changes, Intent
 from flowmason_secrets.core.keyring import Plaintext
+from flowmason_secrets.core.ports import Verdict
 from flowmason_secrets.service import Service
 from flowmason_studio.services.secrets import (
     AsyncSecretsService,
     InvalidInput,
     LogUnavailable,
     SecretsService,
+    Unauthenticated,
     Unresolved,
     UnresolvedReferences,
     resolve,
@@ -310,18 +314,107 @@ async def test_a_secret_can_be_called_like_an_operation(name: str, client: Clien
 
 # --- one moment ----------------------------------------------------------------------------------
 
+Act = Callable[[Service, Caller], Awaitable[object]]
+
+
+def setting(name: str, expires_at: str | None = None) -> Act:
+    """Sets a secret."""
+    draft = Draft(name, Plaintext("new"), expires_at=expires_at)
+    return lambda other, who: other.set(who, draft)
+
+
+async def revoke(other: Service, who: Caller) -> None:
+    """Revokes the only API key."""
+    (key,) = await other.keys.all(who)
+    await other.keys.revoke(who, key.id)
+
+
+CHANGES: dict[str, tuple[list[str], Act, Any]] = {
+    "the first one is updated": (["A", "B"], setting("A"), ["new", "old"]),
+    "the last one is updated": (["A", "B"], setting("B"), ["old", "new"]),
+    "one is deleted": (["A", "B"], lambda other, who: other.delete(who, "B"), ("B",)),
+    "one appears": (["A", "C"], setting("C"), ["old", "new"]),
+    "one of two appears": (["C", "D"], setting("C"), ("D",)),
+    "one appears as expired": (["C"], setting("C", PAST), ("C",)),
+    "the API key is revoked": (["A", "B"], revoke, Unauthenticated),
+    "the API key is revoked, and one is missing": (["A", "C"], revoke, Unauthenticated),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+async def test_what_changes_between_reading_and_commit_counts(
+    case: str, service: Service, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is done with its change before the commit: so all is read anew."""
+    wanted, change, expected = CHANGES[case]
+    local = app.local_caller("acme")
+    issued = await service.keys.issue(local, KeyDraft("test"))
+    caller = Caller(*await service.authentication.authenticate(issued.raw))
+    for name in ("A", "B"):
+        await service.set(local, Draft(name, Plaintext("old")))
+        await service.get(local, name)
+    other = await app.open_service(settings_for(data_dir))
+    submit = service.gate.submit
+
+    def late(intent: Intent) -> Any:
+        monkeypatch.undo()
+        assert not reads(data_dir)[2:]
+
+        async def then() -> Verdict:
+            await change(other, local)
+            return await submit(intent)
+
+        return asyncio.ensure_future(then())
+
+    try:
+        monkeypatch.setattr(service.gate, "submit", late)
+        if isinstance(expected, list):
+            found = await service.references.read(caller, wanted, Usage())
+            assert [one.value.reveal() for one in found] == expected
+            recorded = [(name, "success") for name in wanted]
+        elif isinstance(expected, tuple):
+            with pytest.raises(UnresolvedReferences) as raised:
+                await service.references.read(caller, wanted, Usage())
+            assert tuple(one.name for one in raised.value.errors) == expected
+            outcome = "expired" if "expired" in case else "not_found"
+            recorded = [(name, outcome) for name in expected]
+        else:
+            with pytest.raises(expected):
+                await service.references.read(caller, wanted, Usage())
+            recorded = []
+    finally:
+        await other.close()
+    assert [(line["name"], line["outcome"]) for line in reads(data_dir)[2:]] == recorded
+
+
+async def test_what_is_not_known_to_be_current_is_read_anew(
+    service: Service, caller: Caller
+) -> None:
+    """As after very many changes: the store has forgotten which were before what was read."""
+    for name in ("A", "B"):
+        await service.set(caller, Draft(name, Plaintext(name)))
+    store: Any = service._store
+    await service.get(caller, "A")
+    store._engine._changes = Changes(store.position)
+    found = await asyncio.wait_for(service.references.read(caller, ["A", "B"], Usage()), 20)
+    assert [one.value.reveal() for one in found] == ["A", "B"]
+
 
 async def test_all_values_are_those_of_one_moment(service: Service, data_dir: Path) -> None:
-    """Another process sets A, then B, again and again: B is never newer than A, nor two behind."""
+    """Another process sets A, then B, again and again: B is never newer than A, nor two behind, and
+    neither is older than what was written when it was asked for.
+    """
     caller = app.local_caller("acme")
     other = await app.open_service(settings_for(data_dir))
     done, looked = asyncio.Event(), asyncio.Event()
     seen: set[tuple[int, int]] = set()
+    written = {"A": -1, "B": -1}
 
     async def write() -> None:
         for number in range(60):
             for name in ("A", "B"):
                 await other.set(caller, Draft(name, Plaintext(str(number))))
+                written[name] = number
             # A writer that never rests would make everything outdated that anybody has read.
             looked.clear()
             await looked.wait()
@@ -329,10 +422,13 @@ async def test_all_values_are_those_of_one_moment(service: Service, data_dir: Pa
 
     async def look() -> None:
         while not done.is_set():
+            before = dict(written)
             found = await service.references.resolve(
                 caller, '["{{secrets.B}}", "{{secrets.A}}"]', Usage()
             )
             b, a = map(int, json.loads(found.document.reveal()))
+            assert a >= before["A"]
+            assert b >= before["B"]
             seen.add((a, b))
             looked.set()
 
@@ -347,27 +443,33 @@ async def test_all_values_are_those_of_one_moment(service: Service, data_dir: Pa
 
 
 async def test_a_refusal_is_of_the_same_moment(service: Service, data_dir: Path) -> None:
-    """A and B are never both missing: whoever names both read an absence that was over."""
+    """A and B are never both missing, and none is that was there before it was asked for."""
     caller = app.local_caller("acme")
     other = await app.open_service(settings_for(data_dir))
     done, looked = asyncio.Event(), asyncio.Event()
     missing: list[tuple[str, ...]] = []
+    settled: str | None = "B"
 
     async def write() -> None:
+        nonlocal settled
         for _ in range(40):
             for here, there in (("A", "B"), ("B", "A")):
+                settled = None
                 await other.set(caller, Draft(there, Plaintext("v")))
                 await other.delete(caller, here)
+                settled = here
                 looked.clear()
                 await looked.wait()
         done.set()
 
     async def look() -> None:
         while not done.is_set():
+            before = settled
             try:
                 await service.references.read(caller, ["A", "B"], Usage())
             except UnresolvedReferences as error:
                 missing.append(tuple(one.name for one in error.errors))
+                assert before is None or settled != before or missing[-1] == (before,)
                 looked.set()
 
     try:

@@ -143,7 +143,7 @@ def test_the_result_is_bounded_before_it_is_made() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        "\\\\" * (MAX_DOCUMENT // 4),
+        "\\\\" * (MAX_DOCUMENT // 4) + "{ {{",
         "{{" * (MAX_DOCUMENT // 4),
         "{{secrets." * (MAX_DOCUMENT // 20),
         "{{secrets.A" * (MAX_DOCUMENT // 22),
@@ -155,10 +155,10 @@ def test_the_result_is_bounded_before_it_is_made() -> None:
     ids=lambda text: text[:12],
 )
 def test_it_takes_time_in_proportion(content: str) -> None:
-    """Quadratic work on half of what is allowed would take minutes."""
+    """Quadratic work on what is allowed would take seconds, at least."""
     began = time.process_time()
     render(f'["{content}"]', VALUES)
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 1
 
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}"), max_size=6)
