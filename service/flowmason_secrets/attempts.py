@@ -28,17 +28,7 @@ class Attempt:
     none. If one of them has a `refusal`, only those that have one are recorded.
     """
 
-    __slots__ = (
-        "caller",
-        "change",
-        "depends",
-        "details",
-        "event_id",
-        "parts",
-        "refusal",
-        "resource",
-        "version",
-    )
+    __slots__ = ("caller", "change", "depends", "details", "parts", "resource", "version")
 
     def __init__(self, caller: Caller, resource: tuple[str, str | None, str | None]) -> None:
         self.caller = caller
@@ -47,17 +37,21 @@ class Attempt:
         self.version: int | None = None
         self.change: Change | None = None
         self.details: dict[str, Detail] | None = None
-        self.parts: list[Attempt] = []
-        # Of a part: why it can't be, and the id of its event.
+        self.parts: tuple[Part, ...] = ()
+
+
+class Part(Attempt):
+    """What an attempt at several things has of one secret: why it can't be, if it can't, and in
+    the end the id of its event.
+    """
+
+    __slots__ = ("event_id", "refusal")
+
+    def __init__(self, whole: Attempt, name: str) -> None:
+        super().__init__(whole.caller, secret_resource(whole.caller, name))
+        self.details = whole.details
         self.refusal: SecretsError | None = None
         self.event_id = ""
-
-    def part(self, name: str) -> "Attempt":
-        """One more part of this attempt, about the secret `name`."""
-        part = Attempt(self.caller, secret_resource(self.caller, name))
-        part.details = self.details
-        self.parts.append(part)
-        return part
 
 
 class Path:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from .attempts import Attempt, Path
+from .attempts import Attempt, Part, Path
 from .core import names, template
 from .core.access import EXECUTE, FULL, Caller
 from .core.drafts import Resolved, Revealed, Usage
@@ -80,24 +80,24 @@ class References:
             await self._path.permit(caller, _ACTION, "secret", lambda who: who.require(_SCOPES))
             return use({}), {}
 
-        async def step(attempt: Attempt) -> tuple[T, list[Attempt]]:
+        async def step(attempt: Attempt) -> tuple[T, tuple[Part, ...]]:
             attempt.details = details
             attempt.caller.principal.require(_SCOPES)
-            return use(await self._values(attempt, wanted)), attempt.parts
+            attempt.parts = tuple(Part(attempt, name) for name in wanted)
+            return use(await self._values(attempt.parts, wanted)), attempt.parts
 
         (made, parts), last = await self._path.perform(caller, _ACTION, None, step)
         first = last.seq + 1 - len(parts)
         receipts = (Receipt(seq, part.event_id) for seq, part in enumerate(parts, first))
         return made, dict(zip(wanted, receipts, strict=True))
 
-    async def _values(self, attempt: Attempt, wanted: Sequence[str]) -> Found:
+    async def _values(self, parts: Sequence[Part], wanted: Sequence[str]) -> Found:
         """Raises:
-        UnresolvedReferences: the parts of the attempt say why.
+        UnresolvedReferences: each part says why.
         """
         found: Found = {}
         failed: list[Unresolved] = []
-        for name in wanted:
-            part = attempt.part(name)
+        for part, name in zip(parts, wanted, strict=True):
             try:
                 found[name] = await self._value(part, name)
             except SecretsError as refusal:
@@ -107,7 +107,7 @@ class References:
             raise UnresolvedReferences(failed, len(wanted))
         return found
 
-    async def _value(self, part: Attempt, name: str) -> tuple[Metadata, Plaintext]:
+    async def _value(self, part: Part, name: str) -> tuple[Metadata, Plaintext]:
         part.caller.principal.require_name(name)
         record = await self._reading.read(part, name)
         return record.metadata, await self._reading.decrypt(part, record)
