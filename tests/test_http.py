@@ -153,8 +153,8 @@ TABLE = {
 BODIES = {
     f"POST {SECRETS}": {"name": "NEW", "value": "v"},
     f"POST {API_KEYS}": {"name": "new"},
-    f"POST {SECRETS}/resolve": {"document": "{{secrets.A}}"},
-    f"POST {SECRETS}/batch": {"names": ["A"]},
+    f"POST {SECRETS}/resolve": {"document": "{{secrets.N}}"},
+    f"POST {SECRETS}/batch": {"names": ["N"]},
 }
 CREATES = {f"POST {SECRETS}", f"POST {API_KEYS}"}
 

@@ -424,7 +424,7 @@ async def test_all_values_are_those_of_one_moment(service: Service, data_dir: Pa
         while not done.is_set():
             before = dict(written)
             found = await service.references.resolve(
-                caller, '["{{secrets.B}}", "{{secrets.A}}"]', Usage()
+                caller, Plaintext('["{{secrets.B}}", "{{secrets.A}}"]'), Usage()
             )
             b, a = map(int, json.loads(found.document.reveal()))
             assert a >= before["A"]

@@ -20,7 +20,9 @@ VALUES = {"A": "1", "B": '"\\\n\u2028é😀', "NEST": "{{secrets.A}}", "a b.c-d"
 
 def render(document: str, values: Mapping[str, str]) -> str:
     """The document with these values."""
-    return parse(document).fill({name: Plaintext(v) for name, v in values.items()}).reveal()
+    return (
+        parse(Plaintext(document)).fill({name: Plaintext(v) for name, v in values.items()}).reveal()
+    )
 
 
 # What a string becomes. As Python writes it: one backslash here is one in the string.
@@ -121,7 +123,7 @@ def test_a_lone_surrogate_beside_a_reference_stays_an_escape() -> None:
 )
 def test_what_is_no_document(document: str, reason: str) -> None:
     with pytest.raises(InvalidInput, match=reason) as raised:
-        parse(document)
+        parse(Plaintext(document))
     assert raised.value.field == "document"
 
 
@@ -235,7 +237,7 @@ def test_it_does_what_a_straightforward_implementation_does(
     written = json.dumps(document, ensure_ascii=ascii_only, indent=indent)
     looking = Reference(None)
     looking.document(document)
-    template = parse(written)
+    template = parse(Plaintext(written))
     assert template.names == tuple(dict.fromkeys(looking.names))
     # Values that look like references, above all.
     values = {name: data.draw(TEXTS | st.text()) for name in template.names}
@@ -262,7 +264,7 @@ def test_nothing_is_left_and_nothing_is_expanded_twice(wanted: list[str], data: 
     plain = {name: data.draw(st.text(st.characters(exclude_characters="{"))) for name in wanted}
     document = json.dumps([f"x{{{{secrets.{name}}}}}y" for name in wanted])
     assert "{{" not in render(document, plain)
-    assert parse(render(document, plain)).names == ()
+    assert parse(Plaintext(render(document, plain))).names == ()
     nested = {name: f"{{{{secrets.{name}}}}}" for name in wanted}
     once = [f"x{nested[name]}y" for name in wanted]
     assert json.loads(render(document, nested)) == once

@@ -221,10 +221,10 @@ class AsyncSecretsService:
         return app.local_caller(self.org_id, actor or self._actor)
 
 
-def _encode(document: object) -> str:
+def _encode(document: object) -> Plaintext:
     try:
         # As they are: of two surrogates, escapes would make one character.
-        return json.dumps(document, ensure_ascii=False, allow_nan=False)
+        return Plaintext(json.dumps(document, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         raise InvalidInput("document", "is not JSON, or nested too deeply") from None
 

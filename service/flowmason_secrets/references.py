@@ -29,7 +29,7 @@ class References:
         self._path = path
         self._reading = reading
 
-    async def resolve(self, caller: Caller, document: str, usage: Usage) -> Resolved:
+    async def resolve(self, caller: Caller, document: Plaintext, usage: Usage) -> Resolved:
         """Put values in the place of the references in a JSON document. See `core.template`.
 
         All reads are durable in the event log before this returns.
@@ -58,8 +58,7 @@ class References:
             raise InvalidInput("names", f"must be at most {template.MAX_SECRETS}")
 
         def check(found: Found) -> Found:
-            texts = (template.json_text(value) for _, value in found.values())
-            template.check_result(sum(map(template.utf8_size, texts)))
+            template.check_result(sum(template.json_size(value) for _, value in found.values()))
             return found
 
         found, receipts = await self._read_all(caller, tuple(dict.fromkeys(wanted)), usage, check)

@@ -80,7 +80,7 @@ async def resolve_references(service: Service, call: Call) -> Answer:
     """Put values in the place of the references in a JSON document: all of them, or none."""
     sent = await requests.body(call, shapes.ResolveIn)
     try:
-        document = bytes(sent.document).decode()
+        document = Plaintext(bytes(sent.document).decode())
     except UnicodeDecodeError:
         raise requests.not_json() from None
     # One event for each secret, however short the reference to it is.

@@ -72,6 +72,9 @@ class ResolveIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     pipeline: Label | None = None
     stage: Label | None = None
 
+    def __repr__(self) -> str:
+        return f"<ResolveIn of {self.pipeline!r}>"
+
 
 class ResolvedOut(msgspec.Struct, frozen=True):
     """The document with values in the place of references, and the read of each secret."""

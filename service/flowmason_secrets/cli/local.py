@@ -12,6 +12,7 @@ from ..api import paging, shapes
 from ..api.formats import FORMATS, rendered
 from ..config import Settings
 from ..core.drafts import Draft, KeyDraft, Precondition, Usage
+from ..core.keyring import Plaintext
 from ..core.ports import AuditQuery, ListQuery
 from ..core.records import SecretMetadata
 from ..service import Service
@@ -38,7 +39,7 @@ class LocalTarget:
             metadata.name, value.reveal(), metadata.category, False, metadata.version
         )
 
-    async def resolve(self, document: str, usage: Usage) -> shapes.ResolvedOut:
+    async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
         resolved = await self._service.references.resolve(self._caller, document, usage)
         return shapes.resolved_out(resolved)
 

@@ -16,6 +16,7 @@ from ..api import shapes
 from ..core import times
 from ..core.drafts import Draft, KeyDraft, Precondition, Usage
 from ..core.errors import InvalidInput
+from ..core.keyring import Plaintext
 from ..core.ports import AuditQuery
 from ..core.records import SecretMetadata
 from .target import Filters, Stored
@@ -105,8 +106,8 @@ class RemoteTarget:
     async def get(self, name: str) -> shapes.SecretValue:
         return self._decode(await self._send("GET", _secret(name)), shapes.SecretValue)
 
-    async def resolve(self, document: str, usage: Usage) -> shapes.ResolvedOut:
-        body = {"document": msgspec.Raw(document.encode())} | usage._asdict()
+    async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
+        body = {"document": msgspec.Raw(document.reveal().encode())} | usage._asdict()
         answer = await self._send("POST", "/api/v1/secrets/resolve", body=body)
         return self._decode(answer, shapes.ResolvedOut)
 

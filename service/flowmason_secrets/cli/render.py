@@ -6,6 +6,7 @@ import click
 
 from ..core.drafts import Usage
 from ..core.errors import InvalidInput
+from ..core.keyring import Plaintext
 from ..core.template import MAX_DOCUMENT
 from . import output
 from .target import Place
@@ -30,12 +31,12 @@ def render(place: Place, document: BinaryIO, pipeline: str | None, stage: str | 
     output.json_text(bytes(found.document))
 
 
-def _text(document: BinaryIO) -> str:
+def _text(document: BinaryIO) -> Plaintext:
     # One more than allowed: an endless stdin must not fill the memory.
     data = document.read(MAX_DOCUMENT + 1)
     if len(data) > MAX_DOCUMENT:
         raise InvalidInput("document", f"must have at most {MAX_DOCUMENT} bytes")
     try:
-        return data.decode()
+        return Plaintext(data.decode())
     except UnicodeDecodeError:
         raise InvalidInput("document", "is not UTF-8") from None

@@ -10,8 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 
 from .errors import InvalidInput
 from .keyring import Plaintext
@@ -36,7 +35,7 @@ class Template:
     one more of the `literals` than of the `references`.
     """
 
-    literals: tuple[str, ...]
+    literals: tuple[str, ...] = field(repr=False)
     references: tuple[str, ...]
 
     @property
@@ -50,47 +49,41 @@ class Template:
         Raises:
             InvalidInput: it would be larger than 2 MiB; nothing of that size was made.
         """
-        inside = {name: json_text(values[name]) for name in self.names}
-        size = sum(map(utf8_size, self.literals)) + sum(
-            count * utf8_size(inside[name]) for name, count in Counter(self.references).items()
-        )
-        check_result(size)
-        pairs = zip(self.literals, (*(inside[name] for name in self.references), ""), strict=True)
-        return Plaintext("".join(chain.from_iterable(pairs)))
+        # No variable here holds a value: tracebacks show variables.
+        check_result(self._size(values))
+        return Plaintext("".join(self._filled(values)))
+
+    def _size(self, values: Mapping[str, Plaintext]) -> int:
+        counts = Counter(self.references).items()
+        filled = sum(count * json_size(values[name]) for name, count in counts)
+        return filled + sum(map(_utf8_size, self.literals))
+
+    def _filled(self, values: Mapping[str, Plaintext]) -> Iterator[str]:
+        inside = {name: _escaped(values[name].reveal()) for name in self.names}
+        for literal, name in zip(self.literals, self.references, strict=False):
+            yield literal
+            yield inside[name]
+        yield self.literals[-1]
 
 
-def parse(document: str) -> Template:
+def parse(document: Plaintext) -> Template:
     """Find the references of a JSON document. Takes time in proportion to its size.
 
     Raises:
         InvalidInput: not JSON, nested too deeply, over 512 KiB, or of more than 100 secrets.
     """
-    if utf8_size(document) > MAX_DOCUMENT:
+    if _utf8_size(document.reveal()) > MAX_DOCUMENT:
         raise InvalidInput("document", f"must have at most {MAX_DOCUMENT} bytes")
     _check_json(document)
-    literals: list[str] = []
-    references: list[str] = []
-    text: list[str] = []
-    for literal, name in _pieces(document):
-        text.append(literal)
-        if name is not None:
-            literals.append("".join(text))
-            references.append(name)
-            text.clear()
-    template = Template((*literals, "".join(text)), tuple(references))
+    template = _split(document.reveal())
     if len(template.names) > MAX_SECRETS:
         raise InvalidInput("document", f"must refer to at most {MAX_SECRETS} different secrets")
     return template
 
 
-def json_text(value: Plaintext) -> str:
-    """A value as it stands between the quotes of a JSON string."""
-    return _escaped(value.reveal())
-
-
-def utf8_size(text: str) -> int:
-    """How many bytes a text has as UTF-8."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+def json_size(value: Plaintext) -> int:
+    """How many bytes a value has between the quotes of a JSON string."""
+    return _utf8_size(_escaped(value.reveal()))
 
 
 def check_result(size: int) -> None:
@@ -101,6 +94,19 @@ def check_result(size: int) -> None:
         raise InvalidInput(
             "document", f"would have {size} bytes with its values, at most {MAX_RESULT} are allowed"
         )
+
+
+def _split(document: str) -> Template:
+    literals: list[str] = []
+    references: list[str] = []
+    text: list[str] = []
+    for literal, name in _pieces(document):
+        text.append(literal)
+        if name is not None:
+            literals.append("".join(text))
+            references.append(name)
+            text.clear()
+    return Template((*literals, "".join(text)), tuple(references))
 
 
 def _pieces(document: str) -> Iterator[tuple[str, str | None]]:
@@ -135,10 +141,14 @@ def _escaped(text: str) -> str:
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", inside)
 
 
-def _check_json(document: str) -> None:
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _check_json(document: Plaintext) -> None:
     try:
         # Numbers are not looked at: they may be larger than any type.
-        json.loads(document, parse_float=str, parse_int=str, parse_constant=_refuse)
+        json.loads(document.reveal(), parse_float=str, parse_int=str, parse_constant=_refuse)
     except ValueError:
         raise InvalidInput("document", "is not JSON") from None
     except RecursionError:
