@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import string
 import subprocess
 import sys
@@ -312,12 +313,14 @@ def intent(kind: str, ref: Ref, depends: tuple[tuple[Ref, int], ...]) -> Intent:
     about = Event("id", f"secret.{kind}", "success", ref[0], "secret", ref[1])
     if kind == "barrier":
         return Intent(None, depends)
+    if kind == "reads":
+        return Intent(about, depends, more=(about._replace(id="2"), about._replace(id="3")))
     return Intent(about, depends, DropSecret("acme", ref[1]) if kind == "delete" else None)
 
 
 INTENTS = st.builds(
     intent,
-    st.sampled_from(["read", "delete", "barrier"]),
+    st.sampled_from(["read", "reads", "delete", "barrier"]),
     st.sampled_from(REFS),
     st.lists(st.tuples(st.sampled_from(REFS), st.integers(0, 30)), max_size=3, unique=True).map(
         tuple
@@ -344,8 +347,9 @@ class Naive:
             elif one.event is None:
                 current.append(index)
             else:
-                self.history.append(None if one.change is None else one.event.changed[0])
-                events.append(index)
+                for _ in (one.event, *one.more):
+                    self.history.append(None if one.change is None else one.event.changed[0])
+                    events.append(index)
         return events, current, stale
 
 
@@ -358,8 +362,9 @@ def test_admission_is_that_of_a_naive_model(batches: list[list[Intent]]) -> None
         wanted = naive.admit(batch)
         found = admit(batch, changes, position)
         assert ([index for index, _ in found.events], found.current, found.stale) == wanted
-        assert [event for _, event in found.events] == [
-            batch[index].event for index, _ in found.events
+        together = itertools.groupby(found.events, lambda admitted: admitted[0])
+        assert [(index, [event for _, event in group]) for index, group in together] == [
+            (index, [batch[index].event, *batch[index].more]) for index in dict.fromkeys(wanted[0])
         ]
 
 
@@ -385,9 +390,8 @@ def test_a_bounded_memory_errs_on_the_safe_side(
         for index in found.stale:
             if all(as_of >= position for _, as_of in batch[index].depends):
                 assert batch[index].change is not None or not batch[index].depends
-        assert sorted([i for i, _ in found.events] + found.current + found.stale) == list(
-            range(len(batch))
-        )
+        admitted = list(dict.fromkeys(index for index, _ in found.events))
+        assert sorted(admitted + found.current + found.stale) == list(range(len(batch)))
         for index, event in found.events:
             naive.history.append(None if batch[index].change is None else event.changed[0])
         assert len(changes._last) <= limit

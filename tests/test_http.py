@@ -131,6 +131,8 @@ F, R, E, D = "full", "read", "execute", "deploy"
 TABLE = {
     f"GET {SECRETS}": {F, R, E, D},
     f"POST {SECRETS}": {F},
+    f"POST {SECRETS}/resolve": {F, E},
+    f"POST {SECRETS}/batch": {F, E},
     f"GET {SECRETS}/{{name}}": {F},
     f"DELETE {SECRETS}/{{name}}": {F},
     f"GET {SECRETS}/{{name}}/metadata": {F, R, E, D},
@@ -151,6 +153,8 @@ TABLE = {
 BODIES = {
     f"POST {SECRETS}": {"name": "NEW", "value": "v"},
     f"POST {API_KEYS}": {"name": "new"},
+    f"POST {SECRETS}/resolve": {"document": "{{secrets.N}}"},
+    f"POST {SECRETS}/batch": {"names": ["N"]},
 }
 CREATES = {f"POST {SECRETS}", f"POST {API_KEYS}"}
 
@@ -1023,6 +1027,13 @@ RAISED: list[tuple[errors.SecretsError, int, str, dict[str, object], dict[str, s
     (errors.TileNotFound(), 404, "tile_not_found", {}, {}),
     (errors.NotCosigned(), 404, "not_cosigned", {}, {}),
     (errors.CheckpointPending(), 503, "checkpoint_pending", {}, {"Retry-After": "1"}),
+    (
+        errors.UnresolvedReferences([errors.Unresolved("N", "denied")], 2),
+        422,
+        "unresolved_references",
+        {"errors": [{"name": "N", "code": "denied"}]},
+        {},
+    ),
     (errors.SecretExpired("N", "2020"), 410, "secret_expired", {}, {}),
     (errors.EventArchived(7), 410, "event_archived", {"minimum": 7}, {}),
     (errors.PreconditionFailed("N", None), 412, "precondition_failed", {}, {}),

@@ -23,6 +23,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import RawTestServer
+from msgspec import Raw
 
 from flowmason_secrets import app
 from flowmason_secrets.api import server as api_server
@@ -32,12 +33,13 @@ from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.config import Settings
 from flowmason_secrets.core import errors
 from flowmason_secrets.core.access import Caller
-from flowmason_secrets.core.drafts import Draft, IssuedKey, KeyDraft, Revealed, Written
+from flowmason_secrets.core.drafts import Draft, IssuedKey, KeyDraft, Resolved, Revealed, Written
 from flowmason_secrets.core.errors import SecretsError
 from flowmason_secrets.core.events import Event, Receipt
 from flowmason_secrets.core.intents import Intent
 from flowmason_secrets.core.keyring import Keyring, MasterKey, Plaintext
 from flowmason_secrets.core.records import ApiKey, Metadata, PutApiKey, PutSecret, SecretRecord
+from flowmason_secrets.core.template import parse
 from flowmason_secrets.library import AsyncSecretsService
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage.durable import Durable
@@ -269,7 +271,12 @@ def _through_bodies(planted: Planted) -> None:
     plant("a wrong method", 405, _document(), method="PUT")
     plant("a wrong query", 422, _document(), path=f"{SECRETS}?x=1")
     plant("a body for an API key", 422, _document(), path=API_KEYS)
+    plant("a document without its secret", 422, _with_absent, path=f"{SECRETS}/resolve")
     plant("a body of a deletion", 404, _document(), path=f"{SECRETS}/ABSENT", method="DELETE")
+
+
+def _with_absent(value: str) -> bytes:
+    return _json({"document": [value, "{{secrets.ABSENT}}"]})
 
 
 def _json(document: object) -> bytes:
@@ -527,6 +534,11 @@ def _objects() -> list[object]:
         SecretRecord(metadata, token, 1),
         shapes.SecretIn("N", VALUE),
         shapes.SecretValue("N", VALUE, "other", False, 1),
+        Resolved(value, {"N": receipt}),
+        parse(Plaintext(f'["{RAW_KEY}", "{{{{secrets.N}}}}"]')),
+        shapes.ResolveIn(Raw(json.dumps(VALUE).encode())),
+        shapes.resolved_out(Resolved(value, {"N": receipt})),
+        shapes.batch_out([Revealed(metadata, value, receipt)]),
         shapes.ApiKeyIssued(shapes.api_key_out(key, 0.0), RAW_KEY),
         MasterKey.of(MASTER),
         keyring,
@@ -563,13 +575,15 @@ def tracebacks(monkeypatch: pytest.MonkeyPatch) -> Tracebacks:
     return seen
 
 
-async def _refused(service: Service, body: bytes, status: int, **headers: str) -> None:
+async def _refused(
+    service: Service, body: bytes, status: int, path: str = SECRETS, **headers: str
+) -> None:
     sent = {"Content-Type": "application/json"}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     async with (
         RawTestServer(Dispatcher(service)) as server,
         aiohttp.ClientSession() as client,
-        client.post(server.make_url(SECRETS), data=body, headers=sent) as answer,
+        client.post(server.make_url(path), data=body, headers=sent) as answer,
     ):
         assert answer.status == status, await answer.text()
 
@@ -599,6 +613,38 @@ async def test_no_traceback_shows_a_value(
     assert len(tracebacks) == 1
     assert "Traceback" in tracebacks[0]
     assert found_in(tracebacks[0].encode(), {"value": VALUE}) == []
+
+
+RESOLVING: dict[str, tuple[str, Callable[[str], object], int]] = {
+    "not found": ("resolve", lambda text: [text, "{{secrets.N}}{{secrets.ABSENT}}"], 422),
+    "too large": ("resolve", lambda text: [text, "{{secrets.L0}}" * 9000], 422),
+    "too many": (
+        "resolve",
+        lambda text: [text, *(f"{{{{secrets.{n}}}}}" for n in range(200))],
+        422,
+    ),
+    "not found by name": ("batch", lambda text: ["N", "ABSENT"], 422),
+    "too large by name": ("batch", lambda text: ["N", *(f"L{n}" for n in range(6))], 422),
+}
+
+
+@pytest.mark.parametrize("what", RESOLVING)
+async def test_no_traceback_of_several_secrets_shows_a_value(
+    service: Service, caller: Caller, data_dir: Path, tracebacks: Tracebacks, what: str
+) -> None:
+    path, wanted, status = RESOLVING[what]
+    await service.set(caller, Draft("N", Plaintext(VALUE)))
+    for number in range(6):
+        await service.set(caller, Draft(f"L{number}", Plaintext(VALUE + "\0" * 65000)))
+    in_document = canary()
+    body = {"document" if path == "resolve" else "names": wanted(in_document)}
+    key = await issue_key(data_dir)
+    sent = json.dumps(body).encode()
+    await _refused(service, sent, status, f"{SECRETS}/{path}", Authorization=f"Bearer {key}")
+    assert len(tracebacks) == 1
+    assert "Traceback" in tracebacks[0]
+    planted = {"value": VALUE, "document": in_document}
+    assert found_in(tracebacks[0].encode(), planted) == []
 
 
 @pytest.mark.parametrize("kind", ["unknown", "live"])

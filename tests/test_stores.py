@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from flowmason_secrets.core.errors import LogDamaged, LogUnavailable
+from flowmason_secrets.core.errors import InvalidInput, LogDamaged, LogUnavailable
 from flowmason_secrets.core.events import Event, Ids, Receipt
 from flowmason_secrets.core.intents import Intent
 from flowmason_secrets.core.names import secret_id
@@ -165,6 +165,45 @@ async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 async def caught_up(store: Store) -> int:
     assert await store.commit([Intent(None, ())]) == [None]
     return store.position
+
+
+async def test_several_events_of_one_intent_are_all_or_none(opened: Opened) -> None:
+    store, other, lines = opened
+    created = seq((await store.commit([put("A"), put("B")]))[1]) + 1
+    before = len(lines())
+
+    def reads(*names: str, depends: Depends) -> Intent:
+        first, *more = (event("secret.read", name) for name in names)
+        return Intent(first, depends, more=tuple(more))
+
+    both = (*on("A", created), *on("B", created))
+    batch = [read("A"), reads("A", "B", "C", depends=both), read("B"), put("B", 2)]
+    verdicts = [seq(verdict) for verdict in await other.commit(batch)]
+    assert verdicts == [before, before + 3, before + 4, before + 5]
+    written = [wire.decode_line(line.rstrip()) for line in lines()[before:]]
+    assert [line["name"] for line in written] == ["A", "A", "B", "C", "B", "B"]
+    assert [line["id"] for line in written[1:4]] == [one.id for one in _events(batch[1])]
+    # One thing that has changed, and none of them is there.
+    before = len(lines())
+    assert await store.commit([reads("A", "C", "B", depends=both)]) == [STALE]
+    assert len(lines()) == before
+
+
+def _events(intent: Intent) -> list[Event]:
+    assert intent.event is not None
+    return [intent.event, *intent.more]
+
+
+async def test_one_event_that_cannot_be_a_line_refuses_those_with_it(tmp_path: Path) -> None:
+    large = event("secret.read", "L")._replace(details={"error": "x" * 9000})
+    broken = Intent(event("secret.read", "A"), (), more=(large, event("secret.read", "B")))
+    store = files_store(tmp_path / "data")
+    try:
+        bad, good = await store.commit([broken, read("A")])
+        assert isinstance(bad, InvalidInput)
+        assert seq(good) == store.position - 1 == 1
+    finally:
+        await store.close()
 
 
 async def test_receipts_are_consecutive_and_in_order(opened: Opened) -> None:

@@ -22,9 +22,13 @@ _HELD = 16
 
 
 class Attempt:
-    """One run through the path: what it read and what it wants, until the gate decides."""
+    """One run through the path: what it read and what it wants, until the gate decides.
 
-    __slots__ = ("caller", "change", "depends", "details", "resource", "version")
+    With `parts` it stands for several, of which each is an event: all of them are committed, or
+    none. If one of them has a `refusal`, only those that have one are recorded.
+    """
+
+    __slots__ = ("caller", "change", "depends", "details", "parts", "resource", "version")
 
     def __init__(self, caller: Caller, resource: tuple[str, str | None, str | None]) -> None:
         self.caller = caller
@@ -33,6 +37,21 @@ class Attempt:
         self.version: int | None = None
         self.change: Change | None = None
         self.details: dict[str, Detail] | None = None
+        self.parts: tuple[Part, ...] = ()
+
+
+class Part(Attempt):
+    """What an attempt at several things has of one secret: why it can't be, if it can't, and in
+    the end the id of its event.
+    """
+
+    __slots__ = ("event_id", "refusal")
+
+    def __init__(self, whole: Attempt, name: str) -> None:
+        super().__init__(whole.caller, secret_resource(whole.caller, name))
+        self.details = whole.details
+        self.refusal: SecretsError | None = None
+        self.event_id = ""
 
 
 class Path:
@@ -59,7 +78,10 @@ class Path:
         name: str | None,
         step: Callable[[Attempt], Awaitable[T]],
     ) -> tuple[T, Receipt]:
-        """The one path. What `step` read may be outdated by the time of the commit: then again."""
+        """The one path. What `step` read may be outdated by the time of the commit: then again.
+
+        The receipt of an attempt with parts is the one of its last part.
+        """
         while True:
             attempt = Attempt(caller, secret_resource(caller, name))
             try:
@@ -68,17 +90,14 @@ class Path:
                 if await self.refuse(attempt, action, refusal):
                     raise
             else:
-                recorded = self._event(attempt, action, None)
-                intent = Intent(recorded, attempt.depends, attempt.change)
-                receipt = await self._gate.submit(intent)
+                receipt = await self._gate.submit(self._intent(attempt, action, None))
                 if type(receipt) is Receipt:
                     return result, receipt
             caller = await self.renew(attempt, name)
 
     async def refuse(self, attempt: Attempt, action: str, refusal: SecretsError) -> bool:
         """Record a refusal; False if what it was based on is outdated."""
-        recorded = self._event(attempt, action, refusal)
-        verdict = await self._gate.submit(Intent(recorded, attempt.depends))
+        verdict = await self._gate.submit(self._intent(attempt, action, refusal))
         return verdict is not STALE
 
     async def permit(
@@ -124,7 +143,25 @@ class Path:
             await self._master.reload()
         if name is not None:
             self._store.forget(caller.principal.org_id, name)
+        for part in attempt.parts:
+            self._store.forget(caller.principal.org_id, part.resource[2] or "")
         return await self._authentication.renew(caller)
+
+    def _intent(self, attempt: Attempt, action: str, refusal: SecretsError | None) -> Intent:
+        if attempt.parts:
+            return self._joint_intent(attempt, action, refusal)
+        recorded = self._event(attempt, action, refusal)
+        return Intent(recorded, attempt.depends, attempt.change if refusal is None else None)
+
+    def _joint_intent(self, attempt: Attempt, action: str, refusal: SecretsError | None) -> Intent:
+        """One intent for all parts: whatever any of them read has to be current."""
+        # What could have been read isn't revealed either, so it is no event.
+        parts = [part for part in attempt.parts if part.refusal is not None] or attempt.parts
+        recorded = [self._event(part, action, part.refusal or refusal) for part in parts]
+        for part, one in zip(parts, recorded, strict=True):
+            part.event_id = one.id
+        depends = dict.fromkeys(ref for part in (attempt, *parts) for ref in part.depends)
+        return Intent(recorded[0], tuple(depends), more=tuple(recorded[1:]))
 
     def _event(self, attempt: Attempt, action: str, refusal: SecretsError | None) -> Event:
         details = attempt.details
@@ -133,7 +170,7 @@ class Path:
             outcome: Outcome = "success"
         else:
             status, outcome = STATUS[type(refusal)], outcome_of(refusal)
-            details = {"error": refusal.code}
+            details = {**(details or {}), "error": refusal.code}
             if isinstance(refusal, errors.DecryptionFailed):
                 details |= {"key_id": refusal.key_id, "held": list(refusal.held[:_HELD])}
         event_id = self._event_id(attempt)

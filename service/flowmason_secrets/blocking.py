@@ -6,7 +6,9 @@ as long as the commit takes.
 """
 
 import asyncio
-import concurrent.futures.thread  # noqa: F401 - registers its end first
+
+# Registers its end first.
+import concurrent.futures.thread
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -39,12 +41,16 @@ class _Loop:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine that runs in the loop."""
+        return self.start(coroutine).result()
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        """Run a coroutine in the loop."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 name = "flowmason-secrets"
                 threading.Thread(target=self._loop.run_forever, name=name, daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def open(self, user: object, settings: Settings) -> Service:
         """The service of these settings, which `user` shares from now on.
@@ -155,6 +161,18 @@ class SecretsService:
         """Return the value, or `default` if given and there is no such secret."""
         return self._run(lambda twin: twin.get(name, default, actor))
 
+    def resolve(
+        self,
+        document: T,
+        pipeline: str | None = None,
+        stage: str | None = None,
+        actor: str | None = None,
+    ) -> T:
+        """The document with values in the place of the references `{{secrets.NAME}}`: of all of
+        them, or it raises.
+        """
+        return self._run(lambda twin: twin.resolve(document, pipeline, stage, actor))
+
     def get_metadata(self, name: str, actor: str | None = None) -> SecretMetadata:
         """Return everything about a secret but its value."""
         return self._run(lambda twin: twin.get_metadata(name, actor))
@@ -182,11 +200,17 @@ class SecretsService:
         self._run(lambda twin: twin.close())
 
     def _run(self, call: Callable[[AsyncSecretsService], Coroutine[Any, Any, T]]) -> T:
+        return self.start(call).result()
+
+    def start(
+        self, call: Callable[[AsyncSecretsService], Coroutine[Any, Any, T]]
+    ) -> "concurrent.futures.Future[T]":
+        """Run a call of the asynchronous twin, in the thread where the service is."""
         twin = self._twin
         # After a fork there is another loop, to which the twin of before does not belong.
         if twin.loop is not _current:
             twin = self._twin = twin.moved(_current)
-        return twin.loop.run(call(twin))
+        return twin.loop.start(call(twin))
 
 
 _services: dict[str, SecretsService] = {}
@@ -199,3 +223,20 @@ def get_secrets_service(org_id: str) -> SecretsService:
         if org_id not in _services:
             _services[org_id] = SecretsService(org_id)
         return _services[org_id]
+
+
+def resolve(document: T, org_id: str, pipeline: str | None = None, stage: str | None = None) -> T:
+    """The document with values in the place of the references `{{secrets.NAME}}`, with the settings
+    of the environment. See `AsyncSecretsService.resolve`, also for what it raises.
+    """
+    return get_secrets_service(org_id).resolve(document, pipeline, stage)
+
+
+async def resolve_async(
+    document: T, org_id: str, pipeline: str | None = None, stage: str | None = None
+) -> T:
+    """The same for asynchronous callers, in any event loop, which it does not block."""
+    service = get_secrets_service(org_id)
+    return await asyncio.wrap_future(
+        service.start(lambda twin: twin.resolve(document, pipeline, stage))
+    )

@@ -28,8 +28,9 @@ class Gate:
 
     def submit(self, intent: Intent) -> asyncio.Future[Verdict]:
         """Queue an intent for the next batch. The future's result is a receipt when its event is
-        durable and its change published, `STALE` if something that it depends on has changed,
-        or None if it has no event and all that it depends on is as it was.
+        durable and its change published (of several events, the last one's receipt), `STALE` if
+        something that it depends on has changed, or None if it has no event and all that it
+        depends on is as it was.
 
         It raises LogUnavailable if the event is not acknowledged, LogDamaged as `Store.commit`.
 

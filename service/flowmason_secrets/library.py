@@ -1,6 +1,7 @@
 """`AsyncSecretsService`: the library for asynchronous callers."""
 
 import asyncio
+import json
 import logging
 import time
 from datetime import datetime
@@ -11,14 +12,15 @@ from typing import TypeVar
 from . import app, config
 from .core import names, times
 from .core.access import Caller
-from .core.drafts import Draft
-from .core.errors import SecretNotFound
+from .core.drafts import Draft, Usage
+from .core.errors import InvalidInput, SecretNotFound
 from .core.keyring import Plaintext
 from .core.ports import ListQuery
 from .core.records import SecretMetadata
 from .service import Service
 
 D = TypeVar("D")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +111,32 @@ class AsyncSecretsService:
                 raise
             return default
 
+    async def resolve(
+        self,
+        document: T,
+        pipeline: str | None = None,
+        stage: str | None = None,
+        actor: str | None = None,
+    ) -> T:
+        """The document with values in the place of the references `{{secrets.NAME}}` in its
+        strings, keys excepted. `\\{{secrets.NAME}}` becomes `{{secrets.NAME}}`, and two backslashes
+        in front of a reference one. Values are never resolved again.
+
+        A document is what `json.dumps` takes, at most 512 KiB of it. `pipeline` and `stage` are
+        for the events of the reads, one for each secret.
+
+        Raises:
+            UnresolvedReferences: some secrets can't be read, and none was: its `errors` say which,
+                and the code of the error that each would raise alone.
+            InvalidInput: it is no JSON, has more than 100 secrets, or would become too large.
+            LogUnavailable: the events could not be written, so nothing is returned.
+        """
+        service = await self._open()
+        usage = Usage(pipeline, stage)
+        resolved = await service.references.resolve(self._caller(actor), _encode(document), usage)
+        filled: T = json.loads(resolved.document.reveal())
+        return filled
+
     async def get_metadata(self, name: str, actor: str | None = None) -> SecretMetadata:
         """Return everything about a secret but its value.
 
@@ -191,6 +219,14 @@ class AsyncSecretsService:
 
     def _caller(self, actor: str | None) -> Caller:
         return app.local_caller(self.org_id, actor or self._actor)
+
+
+def _encode(document: object) -> Plaintext:
+    try:
+        # As they are: of two surrogates, escapes would make one character.
+        return Plaintext(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidInput("document", "is not JSON, or nested too deeply") from None
 
 
 def _expiry(expires_at: datetime | str | None) -> str | None:

@@ -1,9 +1,7 @@
 """The use cases: authorise → read state → intent → gate → reply."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
 from .attempts import Attempt, Path, secret_resource
 from .authentication import Authentication, Failures
@@ -13,19 +11,20 @@ from .core.drafts import Draft, Precondition, Revealed, Written
 from .core.errors import SecretsError
 from .core.events import Event, Line, Receipt
 from .core.intents import Intent
-from .core.keyring import KeyNotHeld, KeyUsage, NotAuthentic, Plaintext
+from .core.keyring import KeyUsage, Plaintext
 from .core.ports import AuditQuery, Backend, Building, Count, Grouping, ListQuery, Sources
 from .core.records import (
     DropSecret,
     Metadata,
     PutSecret,
-    Ref,
     SecretRecord,
 )
 from .following import Following
 from .gate import QUEUE_LIMIT, Gate
 from .keys import ApiKeys
 from .masterkeys import MasterKeys
+from .reading import Reading
+from .references import References
 from .rotation import Rotation
 from .signer import LogSigner
 from .space import WARN_BELOW, SpaceWatch
@@ -58,12 +57,13 @@ class Service:
         self.authentication = Authentication(store, sources.clock)
         self.failures = Failures(self.gate, sources.new_id)
         self._path = Path(store, self.gate, self.authentication, master, sources.new_id)
+        self._reading = Reading(store, master, sources.clock)
+        self.references = References(self._path, self._reading)
         self.keys = ApiKeys(store, self._path, sources.clock)
         self.following = Following((store, index), self.gate, self._path, sources.clock)
         self.rotation = Rotation((store, index), self.gate, self._path, master, sources.new_id)
         self.trail = Trail(backend, self._path)
         self.space = SpaceWatch(backend, self.gate, sources, warn_below)
-        self._locks: WeakValueDictionary[Ref, asyncio.Lock] = WeakValueDictionary()
 
     async def get(self, caller: Caller, name: str) -> Revealed:
         """Return the current value and the receipt of this read.
@@ -80,8 +80,8 @@ class Service:
 
         async def step(attempt: Attempt) -> tuple[Metadata, Plaintext]:
             _permit(attempt.caller, name)
-            record = await self._read(attempt, name)
-            return record.metadata, await self._decrypt(attempt, record)
+            record = await self._reading.read(attempt, name)
+            return record.metadata, await self._reading.decrypt(attempt, record)
 
         (metadata, value), receipt = await self._path.perform(caller, "secret.read", name, step)
         return Revealed(metadata, value, receipt)
@@ -101,7 +101,7 @@ class Service:
 
         async def step(attempt: Attempt) -> tuple[Metadata, bool]:
             _permit(attempt.caller, name)
-            current = await self._find(attempt, name)
+            current = await self._reading.find(attempt, name)
             if precondition is not None:
                 precondition.check(name, current)
             org_id = attempt.caller.principal.org_id
@@ -114,7 +114,7 @@ class Service:
             attempt.details["category"] = metadata.category
             return metadata, current is None
 
-        async with self._lock(caller, name):
+        async with self._reading.lock(caller, name):
             (metadata, created), receipt = await self._path.perform(
                 caller, "secret.create", name, step
             )
@@ -133,7 +133,7 @@ class Service:
 
         async def step(attempt: Attempt) -> None:
             _permit(attempt.caller, name)
-            record = await self._find(attempt, name)
+            record = await self._reading.find(attempt, name)
             if precondition is not None:
                 precondition.check(name, record)
             if record is None:
@@ -141,7 +141,7 @@ class Service:
             attempt.version = record.metadata.version
             attempt.change = DropSecret(attempt.caller.principal.org_id, name)
 
-        async with self._lock(caller, name):
+        async with self._reading.lock(caller, name):
             _, receipt = await self._path.perform(caller, "secret.delete", name, step)
         return receipt
 
@@ -156,7 +156,7 @@ class Service:
             attempt = Attempt(caller, secret_resource(caller, name))
             try:
                 _permit(caller, name, ANY)
-                record = await self._read(attempt, name)
+                record = await self._reading.read(attempt, name)
                 if record.metadata.version == 0:
                     raise errors.SecretDamaged(name, record.damage or "unreadable metadata")
             except SecretsError as refusal:
@@ -297,51 +297,6 @@ class Service:
             caller, "audit.read", "audit_log", lambda who: who.require(_FULL_OR_READ)
         )
 
-    async def _find(self, attempt: Attempt, name: str) -> SecretRecord | None:
-        """The stored secret; the attempt depends on it from now on, or on its absence."""
-        org_id = attempt.caller.principal.org_id
-        as_of = self._store.position
-        record = self._store.peek(org_id, name) or await self._store.load(org_id, name)
-        if record is None:
-            attempt.depends += (((org_id, names.secret_id(org_id, name)), as_of),)
-        else:
-            _depend(attempt, org_id, record)
-        return record
-
-    async def _read(self, attempt: Attempt, name: str) -> SecretRecord:
-        """Raises:
-        SecretNotFound: there is none.
-        """
-        org_id = attempt.caller.principal.org_id
-        record = self._store.peek(org_id, name)
-        if record is not None:
-            _depend(attempt, org_id, record)
-            return record
-        # Many may ask for a secret that is not at hand: one of them reads it.
-        async with self._lock(attempt.caller, name):
-            record = await self._find(attempt, name)
-        if record is None:
-            raise errors.SecretNotFound(name)
-        return record
-
-    async def _decrypt(self, attempt: Attempt, record: SecretRecord) -> Plaintext:
-        """Raises:
-        SecretExpired, SecretDamaged, DecryptionFailed: and no value.
-        """
-        metadata, token, _, damage = record
-        if metadata.is_expired(self._clock()):
-            raise errors.SecretExpired(metadata.name, metadata.expires_at or "")
-        if damage is not None:
-            raise errors.SecretDamaged(metadata.name, damage)
-        org_id, key_id = attempt.caller.principal.org_id, metadata.key_id
-        keyring = self._master.keyring
-        if not keyring.derived(org_id, key_id):
-            await self._master.prepare(org_id, key_id)
-        try:
-            return keyring.decrypt(org_id, key_id, token)
-        except (KeyNotHeld, NotAuthentic):
-            raise errors.DecryptionFailed(metadata.name, key_id, keyring.held) from None
-
     def _next(
         self,
         caller: Caller,
@@ -369,21 +324,6 @@ class Service:
             key_id=key_id,
             expiry=expiry,
         )
-
-    def _lock(self, caller: Caller, name: str) -> asyncio.Lock:
-        ref = (caller.principal.org_id, name)
-        lock = self._locks.get(ref)
-        if lock is None:
-            lock = self._locks[ref] = asyncio.Lock()
-        return lock
-
-
-def _depend(attempt: Attempt, org_id: str, record: SecretRecord) -> None:
-    metadata = record.metadata
-    attempt.version = metadata.version
-    # Not the id in the file: events name this one.
-    ref = (org_id, names.secret_id(org_id, metadata.name))
-    attempt.depends += ((ref, record.as_of),)
 
 
 def _permit(caller: Caller, name: str, scopes: frozenset[str] = _FULL) -> None:

@@ -11,12 +11,13 @@ import msgspec
 import orjson
 
 from ..core import names, times
-from ..core.drafts import Draft, KeyDraft
+from ..core.drafts import Draft, KeyDraft, Usage
 from ..core.errors import IndexUnavailable, InvalidInput, TileNotFound
 from ..core.events import Receipt
 from ..core.keyring import Plaintext
 from ..core.merkle import Unverified
 from ..core.ports import ListQuery
+from ..core.template import MAX_SECRETS
 from ..core.tiles import parse_path
 from ..service import Service
 from . import paging, requests, shapes
@@ -27,7 +28,8 @@ from .requests import Call
 _INDEX_SECONDS = 1.0
 # "All of them" of a listing.
 _UNLIMITED = 1 << 62
-
+# What an event takes until it is committed, as far as one request makes many.
+_EVENT_BYTES = 1024
 
 _TEXT = {"Content-Type": "text/plain; charset=utf-8"}
 _NEVER_KEPT = {"Cache-Control": "no-store"}
@@ -72,6 +74,31 @@ async def put_secret(service: Service, call: Call) -> Answer:
     if written.created:
         headers["Location"] = f"/api/v1/secrets/{quote(written.metadata.name, safe='')}"
     return json_answer(written.metadata.shown(time.time()), status, headers)
+
+
+async def resolve_references(service: Service, call: Call) -> Answer:
+    """Put values in the place of the references in a JSON document: all of them, or none."""
+    sent = await requests.body(call, shapes.ResolveIn)
+    try:
+        document = Plaintext(bytes(sent.document).decode())
+    except UnicodeDecodeError:
+        raise requests.not_json() from None
+    # One event for each secret, however short the reference to it is.
+    call.hold(_EVENT_BYTES * MAX_SECRETS)
+    usage = Usage(sent.pipeline, sent.stage)
+    resolved = await service.references.resolve(call.caller, document, usage)
+    call.hold(len(resolved.document.reveal()))
+    return json_answer(shapes.resolved_out(resolved))
+
+
+async def read_batch(service: Service, call: Call) -> Answer:
+    """The values of several secrets: all of them, or none."""
+    sent = await requests.body(call, shapes.BatchIn)
+    call.hold(_EVENT_BYTES * len(sent.names))
+    usage = Usage(sent.pipeline, sent.stage)
+    found = await service.references.read(call.caller, sent.names, usage)
+    call.hold(sum(len(one.value.reveal()) for one in found))
+    return json_answer(shapes.batch_out(found))
 
 
 async def delete_secret(service: Service, call: Call) -> Answer:

@@ -6,7 +6,7 @@ from ..core import errors
 from ..core.errors import SecretsError
 from ..core.status import STATUS
 from .answers import Answer
-from .shapes import Problem
+from .shapes import Problem, UnresolvedName
 
 
 class RequestError(SecretsError):
@@ -49,6 +49,9 @@ def problem_response(error: SecretsError, request_id: str) -> Answer:
         problem = msgspec.structs.replace(problem, key_id=error.key_id, held=list(error.held))
     elif isinstance(error, errors.EventArchived):
         problem = msgspec.structs.replace(problem, minimum=error.minimum)
+    elif isinstance(error, errors.UnresolvedReferences):
+        failed = [UnresolvedName(*one) for one in error.errors]
+        problem = msgspec.structs.replace(problem, errors=failed)
     elif isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="flowmason-secrets"'
     elif isinstance(error, _PASSING):

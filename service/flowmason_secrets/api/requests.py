@@ -238,7 +238,12 @@ async def body(call: Call, shape: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise malformed("The body is not JSON in UTF-8.") from None
+        raise not_json() from None
+
+
+def not_json() -> RequestError:
+    """400: the body is no JSON text."""
+    return malformed("The body is not JSON in UTF-8.")
 
 
 async def _read(call: Call) -> bytes:

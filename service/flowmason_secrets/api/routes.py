@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from ..core.access import FULL, READ, SCOPES
+from ..core.access import EXECUTE, FULL, READ, SCOPES
 from ..core.records import SecretMetadata
 from ..service import Service
 from . import handlers, paging, shapes, trail
@@ -153,6 +153,24 @@ ROUTES: tuple[Route, ...] = (
         (400, 401, 403, 404, 410, 422, 500, 503),
     ),
     Route(
+        "POST",
+        "/api/v1/secrets/resolve",
+        handlers.resolve_references,
+        (FULL, EXECUTE),
+        {200: shapes.ResolvedOut},
+        (400, 401, 403, 408, 413, 415, 422, 503),
+        body=shapes.ResolveIn,
+    ),
+    Route(
+        "POST",
+        "/api/v1/secrets/batch",
+        handlers.read_batch,
+        (FULL, EXECUTE),
+        {200: shapes.BatchOut},
+        (400, 401, 403, 408, 413, 415, 422, 503),
+        body=shapes.BatchIn,
+    ),
+    Route(
         "DELETE",
         "/api/v1/secrets/{name}",
         handlers.delete_secret,
@@ -285,7 +303,8 @@ ROUTES: tuple[Route, ...] = (
 class RouteTable:
     """Finds the routes of a path: by its fixed part before a last parameter, or segment by
     segment where a parameter is in the middle. Of two parameters, the second takes the rest of the
-    path with its slashes.
+    path with its slashes. A path that is fixed for one method may be one with a parameter for
+    another: so a secret can have the name of an operation on secrets.
     """
 
     def __init__(self, routes: tuple[Route, ...]) -> None:
@@ -313,9 +332,10 @@ class RouteTable:
         """
         cut = path.rfind("/") + 1
         last = self._last.get(path[:cut])
-        if last is not None:
-            return last[1], {last[0]: decode_segment(path[cut:])}
         fixed = self._fixed.get(path)
+        if last is not None:
+            methods = last[1] if fixed is None else last[1] | fixed
+            return methods, {last[0]: decode_segment(path[cut:])}
         if fixed is not None:
             return fixed, {}
         before = path.rfind("/", 0, cut - 1) + 1

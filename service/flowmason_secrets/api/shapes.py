@@ -7,11 +7,13 @@ import msgspec
 from msgspec import Meta
 
 from ..core import times
-from ..core.events import Detail, Line
+from ..core.drafts import Resolved, Revealed
+from ..core.events import Detail, Line, Receipt
 from ..core.keyring import KeyState, KeyUsage
 from ..core.names import MAX_DESCRIPTION, MAX_LABEL, MAX_NAME
 from ..core.ports import Count
 from ..core.records import ApiKey
+from ..core.template import MAX_SECRETS
 from ..core.witness import WitnessState
 
 Category = Literal["api_key", "token", "credential", "other"]
@@ -19,6 +21,7 @@ Scope = Literal["full", "read", "execute", "deploy"]
 
 _EXPIRES = Meta(description="RFC 3339 with a zone", examples=["2030-01-31T12:00:00Z"])
 Time = Annotated[str, _EXPIRES]
+Label = Annotated[str, Meta(min_length=1, max_length=MAX_LABEL)]
 
 
 class SecretIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -45,6 +48,57 @@ class SecretValue(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"<SecretValue {self.name!r}>"
+
+
+class ReadReceipt(msgspec.Struct, frozen=True):
+    """The event of the read of one secret, as `Audit-Seq` and `Audit-Id` name it."""
+
+    name: str
+    seq: int
+    id: str
+
+
+class ResolveIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A JSON document with references to secrets, and what it is of, for the event log."""
+
+    document: Annotated[
+        msgspec.Raw,
+        Meta(
+            description="Any JSON. In its strings {{secrets.NAME}} is a reference; "
+            "\\{{secrets.NAME}} stands for that text.",
+            examples=[{"headers": {"Authorization": "Bearer {{secrets.OPENAI_API_KEY}}"}}],
+        ),
+    ]
+    pipeline: Label | None = None
+    stage: Label | None = None
+
+    def __repr__(self) -> str:
+        return f"<ResolveIn of {self.pipeline!r}>"
+
+
+class ResolvedOut(msgspec.Struct, frozen=True):
+    """The document with values in the place of references, and the read of each secret."""
+
+    document: msgspec.Raw
+    receipts: list[ReadReceipt]
+
+    def __repr__(self) -> str:
+        return f"<ResolvedOut of {len(self.receipts)} secrets>"
+
+
+class BatchIn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Names of secrets, and what their values are for, for the event log."""
+
+    names: Annotated[list[str], Meta(max_length=MAX_SECRETS)]
+    pipeline: Label | None = None
+    stage: Label | None = None
+
+
+class BatchOut(msgspec.Struct, frozen=True):
+    """Secrets with their values, each name once, in the order asked for; and the read of each."""
+
+    secrets: list[SecretValue]
+    receipts: list[ReadReceipt]
 
 
 class AuditEntry(msgspec.Struct, frozen=True):
@@ -183,9 +237,17 @@ class Health(msgspec.Struct, frozen=True, omit_defaults=True):
     warnings: list[str] | None = None
 
 
+class UnresolvedName(msgspec.Struct, frozen=True):
+    """A secret that can't be read, and the code of the error that a read of it alone would be."""
+
+    name: str
+    code: str
+
+
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error, after RFC 9457. `code` is stable; `field` names what was wrong in the request.
-    `minimum` is the `seq` of the first event that was not archived.
+    `minimum` is the `seq` of the first event that was not archived; `errors` lists the secrets
+    because of which none was revealed.
     """
 
     code: str
@@ -197,6 +259,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     key_id: str | None = None
     held: list[str] | None = None
     minimum: int | None = None
+    errors: list[UnresolvedName] | None = None
 
 
 def audit_out(line: Line) -> AuditEntry:
@@ -227,6 +290,25 @@ def audit_out(line: Line) -> AuditEntry:
         error_message=None if success else str(line["details"].get("error", line["outcome"])),
         ip_address=line["client_ip"],
     )
+
+
+def resolved_out(resolved: Resolved) -> ResolvedOut:
+    """The wire form of a resolved document."""
+    document = msgspec.Raw(resolved.document.reveal().encode())
+    return ResolvedOut(document, [_read(*one) for one in resolved.receipts.items()])
+
+
+def batch_out(found: Sequence[Revealed]) -> BatchOut:
+    """The wire form of several secrets with their values."""
+    secrets = [
+        SecretValue(one.name, value.reveal(), one.category, False, one.version)
+        for one, value, _ in found
+    ]
+    return BatchOut(secrets, [_read(one.metadata.name, one.receipt) for one in found])
+
+
+def _read(name: str, receipt: Receipt) -> ReadReceipt:
+    return ReadReceipt(name, receipt.seq, receipt.id)
 
 
 def audit_summary(

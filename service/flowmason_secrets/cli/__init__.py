@@ -14,6 +14,7 @@ from . import output
 from .audit import audit
 from .keys import keys
 from .log import log
+from .render import render
 from .rotate import rotate_key
 from .secret import delete_secret, get_secret, list_secrets, metadata, set_secret
 from .serve import serve
@@ -38,7 +39,7 @@ def cli(verbose: int) -> None:
 
 
 _SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-for command in (*_SECRETS, audit, keys, log, rotate_key, serve, status, verify):
+for command in (*_SECRETS, audit, keys, log, render, rotate_key, serve, status, verify):
     cli.add_command(command)
 
 

@@ -11,7 +11,8 @@ from .. import app
 from ..api import paging, shapes
 from ..api.formats import FORMATS, rendered
 from ..config import Settings
-from ..core.drafts import Draft, KeyDraft, Precondition
+from ..core.drafts import Draft, KeyDraft, Precondition, Usage
+from ..core.keyring import Plaintext
 from ..core.ports import AuditQuery, ListQuery
 from ..core.records import SecretMetadata
 from ..service import Service
@@ -37,6 +38,10 @@ class LocalTarget:
         return shapes.SecretValue(
             metadata.name, value.reveal(), metadata.category, False, metadata.version
         )
+
+    async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
+        resolved = await self._service.references.resolve(self._caller, document, usage)
+        return shapes.resolved_out(resolved)
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         metadata, created, _ = await self._service.set(self._caller, draft, precondition)

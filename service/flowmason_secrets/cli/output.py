@@ -16,6 +16,7 @@ from rich.cells import cell_len
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_UNSAFE_IN_JSON = re.compile(rf"(?![\t\n\r]){_UNSAFE.pattern}")
 
 
 def printable(text: str) -> str:
@@ -39,6 +40,13 @@ def document(shape: object) -> None:
     text = msgspec.json.encode(shape).decode()
     # Outside its strings, compact JSON holds none of these characters.
     click.echo(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode())
+
+
+def json_text(text: bytes) -> None:
+    """Print JSON as it is written, and a newline if it has none at its end."""
+    # Inside its strings, JSON has none of the three that are left as they are.
+    shown = _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text.decode())
+    click.echo(shown.encode(), nl=not shown.endswith("\n"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | None]]) -> None:

@@ -14,8 +14,9 @@ from yarl import URL
 from .. import __version__, config
 from ..api import shapes
 from ..core import times
-from ..core.drafts import Draft, KeyDraft, Precondition
+from ..core.drafts import Draft, KeyDraft, Precondition, Usage
 from ..core.errors import InvalidInput
+from ..core.keyring import Plaintext
 from ..core.ports import AuditQuery
 from ..core.records import SecretMetadata
 from .target import Filters, Stored
@@ -104,6 +105,11 @@ class RemoteTarget:
 
     async def get(self, name: str) -> shapes.SecretValue:
         return self._decode(await self._send("GET", _secret(name)), shapes.SecretValue)
+
+    async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
+        body = {"document": msgspec.Raw(document.reveal().encode())} | usage._asdict()
+        answer = await self._send("POST", "/api/v1/secrets/resolve", body=body)
+        return self._decode(answer, shapes.ResolvedOut)
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         body = {

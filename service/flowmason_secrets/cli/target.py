@@ -5,7 +5,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol
 
 from ..api import shapes
-from ..core.drafts import Draft, KeyDraft, Precondition
+from ..core.drafts import Draft, KeyDraft, Precondition, Usage
+from ..core.keyring import Plaintext
 from ..core.ports import AuditQuery
 from ..core.records import SecretMetadata
 
@@ -44,6 +45,9 @@ class Target(Protocol):
 
     async def get(self, name: str) -> shapes.SecretValue:
         """The value; this read is in the event log."""
+
+    async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
+        """The document with values in the place of references; these reads are in the log."""
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         """Create the secret, or replace all of it."""

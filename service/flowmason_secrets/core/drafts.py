@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from . import errors, names, times
 from .access import FULL
-from .events import Receipt
+from .events import Detail, Receipt
 from .keyring import Plaintext
 from .records import ApiKey, Metadata, SecretRecord
 
@@ -16,6 +16,31 @@ class Revealed(NamedTuple):
     metadata: Metadata
     value: Plaintext
     receipt: Receipt
+
+
+class Usage(NamedTuple):
+    """What values are for: the names of a pipeline and of a stage of it, if they are known."""
+
+    pipeline: str | None = None
+    stage: str | None = None
+
+    def check(self) -> dict[str, Detail]:
+        """Returns what events of it have in their details.
+
+        Raises:
+            InvalidInput: empty, over 128 characters or with control characters.
+        """
+        given = self._asdict().items()
+        return {field: names.check_label(name, field) for field, name in given if name is not None}
+
+
+class Resolved(NamedTuple):
+    """A document, as JSON, with values in the place of references; and the receipt of the read of
+    each secret, by its name.
+    """
+
+    document: Plaintext
+    receipts: dict[str, Receipt]
 
 
 class Written(NamedTuple):

@@ -1,7 +1,10 @@
 """The one tree of errors. Every member carries a stable code and its data, never a value."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+# Characters of a name that a message about many names shows.
+_SHOWN = 64
 
 
 class SecretsError(Exception):
@@ -66,6 +69,31 @@ class SecretExpired(SecretsError):
         super().__init__(f"Secret {name!r} has expired at {expires_at}. Set it again to renew it.")
         self.name = name
         self.expires_at = expires_at
+
+
+class Unresolved(NamedTuple):
+    """A secret that could not be read, and the code of the error that says why."""
+
+    name: str
+    code: str
+
+
+class UnresolvedReferences(SecretsError):
+    """Some of several secrets that were asked for together can't be read, so none was revealed.
+
+    `errors` lists each of them.
+    """
+
+    code = "unresolved_references"
+    title = "Unresolved references"
+
+    def __init__(self, failed: Sequence[Unresolved], asked: int) -> None:
+        # As many names as there are, but not as long as somebody likes.
+        shown = ", ".join(f"{name[:_SHOWN]!r} ({code})" for name, code in failed)
+        super().__init__(
+            f"{len(failed)} of {asked} secrets can't be read, so none was revealed: {shown}."
+        )
+        self.errors = tuple(failed)
 
 
 class DecryptionFailed(SecretsError):

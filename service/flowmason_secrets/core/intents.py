@@ -12,11 +12,15 @@ class Intent(NamedTuple):
 
     `depends` names what it read, and how many events the log had when that was read. Without an
     `event` it only asks whether what it read is still current.
+
+    `more` are further events of an operation that consists of several and changes nothing: all of
+    them follow `event` at once in the log, or none is in it.
     """
 
     event: Event | None
     depends: tuple[tuple[Ref, int], ...]
     change: Change | None = None
+    more: tuple[Event, ...] = ()
 
 
 class Changes:
@@ -44,7 +48,9 @@ class Changes:
 
 
 class Admission(NamedTuple):
-    """The verdict over a batch. Indices point into it, in the order in which they commit."""
+    """The verdict over a batch. Indices point into it, in the order in which they commit; the index
+    of an intent with several events is there as often.
+    """
 
     events: list[tuple[int, Event]]
     current: list[int]
@@ -60,7 +66,7 @@ def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission
     verdict = Admission([], [], [])
     since = changes.since
     for index in _reads_first(batch):
-        event, depends, change = batch[index]
+        event, depends, change, more = batch[index]
         for ref, as_of in depends:
             if since(ref, as_of):
                 verdict.stale.append(index)
@@ -74,6 +80,9 @@ def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission
             if change is not None or event.action == KEY_ROTATE:
                 for ref in event.changed:
                     changes.record(ref, position)
+            if more:
+                verdict.events.extend((index, one) for one in more)
+                position += len(more)
     return verdict
 
 

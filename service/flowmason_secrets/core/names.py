@@ -86,16 +86,16 @@ def check_org(org_id: str) -> str:
     return check_line("org_id", org_id)
 
 
-def check_label(name: str) -> str:
-    """Return `name` if an API key may be called so.
+def check_label(name: str, field: str = "name") -> str:
+    """Return `name` if an API key, a pipeline or a stage may be called so.
 
     Raises:
         InvalidInput: empty, over 128 characters or with control characters.
     """
-    check_text("name", name)
+    check_text(field, name)
     if not 1 <= len(name) <= MAX_LABEL:
-        raise InvalidInput("name", f"must have 1 to {MAX_LABEL} characters, has {len(name)}")
-    return check_line("name", name)
+        raise InvalidInput(field, f"must have 1 to {MAX_LABEL} characters, has {len(name)}")
+    return check_line(field, name)
 
 
 def org_hash(org_id: str) -> str:

@@ -80,7 +80,8 @@ class Store(Protocol):
     async def commit(self, batch: Sequence[Intent]) -> list[Verdict]:
         """Return only when every admitted event of the batch is on stable storage, in order,
         without gaps, and every change of it is published, or staged and read from there as long as
-        there is no room to publish it; one verdict for each intent.
+        there is no room to publish it; one verdict for each intent; of
+        several events, it is the last one's receipt.
 
         An error among the verdicts is that intent's alone. LogUnavailable: not acknowledged, and
         absent unless recovery finds its event whole in the log. InvalidInput: its event can't be

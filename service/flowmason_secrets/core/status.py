@@ -5,6 +5,7 @@ from .events import Outcome
 
 STATUS: dict[type[errors.SecretsError], int] = {
     errors.InvalidInput: 422,
+    errors.UnresolvedReferences: 422,
     errors.Unauthenticated: 401,
     errors.Denied: 403,
     errors.SecretNotFound: 404,

@@ -1,6 +1,11 @@
 """The documented import path of FlowMason Secrets."""
 
-from flowmason_secrets.blocking import SecretsService, get_secrets_service
+from flowmason_secrets.blocking import (
+    SecretsService,
+    get_secrets_service,
+    resolve,
+    resolve_async,
+)
 from flowmason_secrets.core.errors import (
     ApiKeyNotFound,
     ConfigurationError,
@@ -18,6 +23,8 @@ from flowmason_secrets.core.errors import (
     SecretNotFound,
     SecretsError,
     Unauthenticated,
+    Unresolved,
+    UnresolvedReferences,
 )
 from flowmason_secrets.core.records import SecretMetadata
 from flowmason_secrets.library import AsyncSecretsService
@@ -42,5 +49,9 @@ __all__ = [
     "SecretsError",
     "SecretsService",
     "Unauthenticated",
+    "Unresolved",
+    "UnresolvedReferences",
     "get_secrets_service",
+    "resolve",
+    "resolve_async",
 ]
