@@ -14,6 +14,7 @@ from .core.access import Caller
 from .core.drafts import Draft
 from .core.errors import SecretNotFound
 from .core.keyring import Plaintext
+from .core.missing import MISSING, Missing
 from .core.ports import ListQuery
 from .core.records import SecretMetadata
 from .service import Service
@@ -30,13 +31,6 @@ _TELL_OTHERS = (
     "new one. "
     f"With {config.PREFIX}KEY_FILE there is nothing to change."
 )
-
-
-class Missing:
-    """Stands for "no default": then a missing secret raises."""
-
-
-MISSING = Missing()
 
 
 class AsyncSecretsService:
@@ -86,7 +80,9 @@ class AsyncSecretsService:
             InvalidInput: a field is not acceptable, an `expires_at` without a zone above all.
             LogUnavailable: not acknowledged: it happened whole or not at all.
         """
-        draft = Draft(name, Plaintext(value), description, category, _expiry(expires_at))
+        draft = Draft(
+            name, Plaintext(value), description, category, times.text(expires_at, "expires_at")
+        )
         written = await (await self._open()).set(self._caller(actor), draft)
         return written.metadata.shown(time.time())
 
@@ -191,9 +187,3 @@ class AsyncSecretsService:
 
     def _caller(self, actor: str | None) -> Caller:
         return app.local_caller(self.org_id, actor or self._actor)
-
-
-def _expiry(expires_at: datetime | str | None) -> str | None:
-    if not isinstance(expires_at, datetime):
-        return expires_at
-    return times.of_datetime(expires_at, "expires_at")

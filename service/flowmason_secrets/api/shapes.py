@@ -185,7 +185,8 @@ class Health(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error, after RFC 9457. `code` is stable; `field` names what was wrong in the request.
-    `minimum` is the `seq` of the first event that was not archived.
+    `minimum` is the `seq` of the first event that was not archived. The others are the data of the
+    error, where it has such.
     """
 
     code: str
@@ -194,8 +195,13 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     detail: str
     request_id: str
     field: str | None = None
+    reason: str | None = None
+    name: str | None = None
+    seq: int | None = None
+    expires_at: str | None = None
+    current: str | None = None
     key_id: str | None = None
-    held: list[str] | None = None
+    held: Sequence[str] | None = None
     minimum: int | None = None
 
 

@@ -240,9 +240,10 @@ class Overloaded(SecretsError):
     title = "Overloaded"
 
     def __init__(
-        self, what: str = "Too many operations are waiting to be committed", retry_after: int = 1
+        self, reason: str = "Too many operations are waiting to be committed", retry_after: int = 1
     ) -> None:
-        super().__init__(f"{what}; try again shortly.")
+        super().__init__(f"{reason}; try again shortly.")
+        self.reason = reason
         self.retry_after = retry_after
 
 
