@@ -6,6 +6,7 @@ inside a running event loop, which it blocks for as long as the call takes.
 
 import asyncio
 import concurrent.futures.thread  # noqa: F401 - registers its end first
+import ctypes
 import os
 import threading
 from collections.abc import Coroutine
@@ -56,8 +57,6 @@ class Background:
 
 
 _current = Background()
-# In a forked child: never finalised, because connections, SQLite's too, are the parent's.
-_inherited: list[Background] = []
 
 
 def current() -> Background:
@@ -69,7 +68,9 @@ def _forget() -> None:
     # Threads don't survive a fork, and locks on shared descriptors would not exclude the parent:
     # the child begins anew.
     global _current
-    _inherited.append(_current)
+    # Never finalised, not even when the child ends: connections, SQLite's too, are the parent's,
+    # and a socket that is closed here is taken out of the epoll set that the parent waits on.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_current))
     _current = Background()
 
 

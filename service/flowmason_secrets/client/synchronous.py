@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from datetime import datetime
 from types import TracebackType
 from typing import Any, TypeVar, cast
-from weakref import WeakSet
 
 from .. import background
 from ..api import shapes
@@ -24,10 +23,10 @@ _ALL = Filters()
 
 
 class _Open:
-    """The clients whose connections are open in the loop."""
+    """The clients whose connections are open in the loop, until they are closed."""
 
     def __init__(self) -> None:
-        self.clients: WeakSet[AsyncSecretsClient] = WeakSet()
+        self.clients: set[AsyncSecretsClient] = set()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -152,7 +151,9 @@ class SecretsClient:
 
     def close(self) -> None:
         """Close the connections; the next call makes new ones."""
-        self._run(lambda twin: twin.close())
+        loop, twin = self._current()
+        loop.run(twin.close())
+        loop.own(_Open).clients.discard(twin)
 
     def __enter__(self) -> "SecretsClient":
         return self
