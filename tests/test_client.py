@@ -488,6 +488,9 @@ RAISED: tuple[errors.SecretsError, ...] = (
     errors.SecretNotFound("N"),
     errors.EventNotFound(7),
     errors.TileNotFound(),
+    errors.NotCosigned(),
+    errors.EventArchived(7),
+    errors.AnotherLog("a"),
     errors.CheckpointPending(3),
     errors.SecretExpired("N", "2020"),
     errors.PreconditionFailed("N", None),
@@ -530,6 +533,19 @@ def test_all_errors_are_above() -> None:
     # The one is raised with what was asked for, the other never over HTTP.
     rest = {errors.ApiKeyNotFound, errors.RotationIncomplete}
     assert {type(error) for error in RAISED} == set(STATUS) - rest
+
+
+async def test_answers_say_what_was_archived() -> None:
+    since = "2026-01-01T00:00:00.000000Z"
+    for headers, expected in (({"Audit-Complete-Since": since}, since), ({}, None)):
+        async with (
+            answering(lambda given=headers: web.Response(text="[]", headers=given)) as url,  # type: ignore[misc]
+            AsyncSecretsClient(url, "fm_live_k", ONCE) as secrets,
+        ):
+            assert (await secrets.audit()).complete_since == expected
+            export = secrets.export("ndjson")
+            assert [piece async for piece in export] == [b"[]"]
+            assert export.complete_since == expected
 
 
 async def test_other_refusals_and_other_servers() -> None:
