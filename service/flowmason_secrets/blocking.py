@@ -1,56 +1,38 @@
-"""`SecretsService`: the library for synchronous callers.
-
-One event loop in a thread of its own serves all instances of a process. A call waits for it, so
-it works in plain code, in several threads, and inside a running event loop, which it blocks for
-as long as the commit takes.
+"""`SecretsService`: the library for synchronous callers. A call waits for the event loop of
+`background`: for as long as the commit takes.
 """
 
 import asyncio
-
-# Registers its end first.
-import concurrent.futures.thread
-import os
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from . import background
 from .app import open_service
+from .background import Background
 from .config import Settings
+from .core.missing import MISSING, Missing
 from .core.records import SecretMetadata
-from .library import MISSING, AsyncSecretsService, Missing
+from .library import AsyncSecretsService
 from .service import Service
 
 T = TypeVar("T")
 D = TypeVar("D")
 
 
-class _Loop:
-    """The event loop of this process, started when it is first needed, and what is open in it:
-    one service for each data directory and its settings, however many callers there are.
+class _Shelf:
+    """What is open in the event loop: one service for each data directory and its settings, however
+    many callers there are.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._opening = asyncio.Lock()
         self._services: dict[Settings, Service] = {}
         self._users: WeakKeyDictionary[object, Settings] = WeakKeyDictionary()
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine that runs in the loop."""
-        return self.start(coroutine).result()
-
-    def start(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
-        """Run a coroutine in the loop."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                name = "flowmason-secrets"
-                threading.Thread(target=self._loop.run_forever, name=name, daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def open(self, user: object, settings: Settings) -> Service:
         """The service of these settings, which `user` shares from now on.
@@ -73,50 +55,31 @@ class _Loop:
                 if service is not None:
                     await service.close()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Release every data directory, so that nothing stays staged for the next process."""
         services, self._services = self._services, {}
         for service in services.values():
-            self.run(service.close())
+            await service.close()
 
 
 class _Shared(AsyncSecretsService):
     """The twin of a `SecretsService`: it shares what is open in the loop."""
 
-    def __init__(self, loop: _Loop, parameters: tuple[Any, ...]) -> None:
+    def __init__(self, loop: Background, parameters: tuple[Any, ...]) -> None:
         super().__init__(*parameters)
         self._parameters = parameters
         self.loop = loop
 
-    def moved(self, loop: _Loop) -> "_Shared":
+    def moved(self, loop: Background) -> "_Shared":
         """The same for another loop."""
         return _Shared(loop, self._parameters)
 
     async def _open(self) -> Service:
-        return await self.loop.open(self, self._settings)
+        return await self.loop.own(_Shelf).open(self, self._settings)
 
     async def close(self) -> None:
         """See `SecretsService.close`."""
-        await self.loop.leave(self)
-
-
-_current = _Loop()
-# In a forked child: never finalised, because SQLite's connections are the parent's.
-_inherited: list[_Loop] = []
-
-
-def _forget() -> None:
-    # Threads don't survive a fork, and locks on shared descriptors would not exclude the parent:
-    # the child begins anew.
-    global _current
-    _inherited.append(_current)
-    _current = _Loop()
-
-
-os.register_at_fork(after_in_child=_forget)
-# The public `atexit` comes too late: executors take no more work by then. concurrent.futures
-# registers its own end in the same place, and these run in reverse order.
-threading._register_atexit(lambda: _current.close())  # type: ignore[attr-defined]
+        await self.loop.own(_Shelf).leave(self)
 
 
 class SecretsService:
@@ -138,7 +101,7 @@ class SecretsService:
         actor: str | None = None,
     ) -> None:
         self.org_id = org_id
-        self._twin = _Shared(_current, (org_id, master_key, storage_path, actor))
+        self._twin = _Shared(background.current(), (org_id, master_key, storage_path, actor))
 
     def __repr__(self) -> str:
         return f"<SecretsService of {self.org_id!r}>"
@@ -202,14 +165,12 @@ class SecretsService:
     def _run(self, call: Callable[[AsyncSecretsService], Coroutine[Any, Any, T]]) -> T:
         return self.start(call).result()
 
-    def start(
-        self, call: Callable[[AsyncSecretsService], Coroutine[Any, Any, T]]
-    ) -> "concurrent.futures.Future[T]":
+    def start(self, call: Callable[[AsyncSecretsService], Coroutine[Any, Any, T]]) -> Future[T]:
         """Run a call of the asynchronous twin, in the thread where the service is."""
         twin = self._twin
         # After a fork there is another loop, to which the twin of before does not belong.
-        if twin.loop is not _current:
-            twin = self._twin = twin.moved(_current)
+        if twin.loop is not background.current():
+            twin = self._twin = twin.moved(background.current())
         return twin.loop.start(call(twin))
 
 

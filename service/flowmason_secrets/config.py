@@ -207,6 +207,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for a URL, as `https_proxy` and `no_proxy` have it."""
+    # Takes as long to import as the rest of a short command, and few ask for it.
+    from urllib.request import getproxies, proxy_bypass
+
+    parsed = urlsplit(url)
+    if parsed.hostname is None or proxy_bypass(parsed.netloc):
+        return None
+    return getproxies().get(parsed.scheme)
+
+
 def data_dir(path: str | Path, where: str = "The data directory") -> Path:
     """The data directory that is meant now, whatever the working directory becomes.
 

@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import TypeVar
 
 from . import app, config
-from .core import names, times
+from .core import names, template, times
 from .core.access import Caller
 from .core.drafts import Draft, Usage
-from .core.errors import InvalidInput, SecretNotFound
+from .core.errors import SecretNotFound
 from .core.keyring import Plaintext
+from .core.missing import MISSING, Missing
 from .core.ports import ListQuery
 from .core.records import SecretMetadata
 from .service import Service
@@ -32,13 +33,6 @@ _TELL_OTHERS = (
     "new one. "
     f"With {config.PREFIX}KEY_FILE there is nothing to change."
 )
-
-
-class Missing:
-    """Stands for "no default": then a missing secret raises."""
-
-
-MISSING = Missing()
 
 
 class AsyncSecretsService:
@@ -88,7 +82,9 @@ class AsyncSecretsService:
             InvalidInput: a field is not acceptable, an `expires_at` without a zone above all.
             LogUnavailable: not acknowledged: it happened whole or not at all.
         """
-        draft = Draft(name, Plaintext(value), description, category, _expiry(expires_at))
+        draft = Draft(
+            name, Plaintext(value), description, category, times.text(expires_at, "expires_at")
+        )
         written = await (await self._open()).set(self._caller(actor), draft)
         return written.metadata.shown(time.time())
 
@@ -133,7 +129,9 @@ class AsyncSecretsService:
         """
         service = await self._open()
         usage = Usage(pipeline, stage)
-        resolved = await service.references.resolve(self._caller(actor), _encode(document), usage)
+        resolved = await service.references.resolve(
+            self._caller(actor), template.encode(document), usage
+        )
         filled: T = json.loads(resolved.document.reveal())
         return filled
 
@@ -219,17 +217,3 @@ class AsyncSecretsService:
 
     def _caller(self, actor: str | None) -> Caller:
         return app.local_caller(self.org_id, actor or self._actor)
-
-
-def _encode(document: object) -> Plaintext:
-    try:
-        # As they are: of two surrogates, escapes would make one character.
-        return Plaintext(json.dumps(document, ensure_ascii=False, allow_nan=False))
-    except (TypeError, ValueError, RecursionError):
-        raise InvalidInput("document", "is not JSON, or nested too deeply") from None
-
-
-def _expiry(expires_at: datetime | str | None) -> str | None:
-    if not isinstance(expires_at, datetime):
-        return expires_at
-    return times.of_datetime(expires_at, "expires_at")

@@ -4,9 +4,9 @@ import msgspec
 
 from ..core import errors
 from ..core.errors import SecretsError
-from ..core.status import STATUS
+from ..core.status import DATA, PASSING, STATUS
 from .answers import Answer
-from .shapes import Problem, UnresolvedName
+from .shapes import Problem
 
 
 class RequestError(SecretsError):
@@ -25,15 +25,6 @@ def malformed(detail: str) -> RequestError:
     return RequestError(400, "malformed_request", "Malformed request", detail)
 
 
-# They pass by themselves, and say when it is worth to ask again.
-_PASSING = (
-    errors.LogUnavailable,
-    errors.Overloaded,
-    errors.IndexUnavailable,
-    errors.CheckpointPending,
-)
-
-
 def problem_response(error: SecretsError, request_id: str) -> Answer:
     """The answer to an error of ours."""
     headers = {"X-Request-Id": request_id, "Cache-Control": "no-store"}
@@ -42,19 +33,11 @@ def problem_response(error: SecretsError, request_id: str) -> Answer:
         headers |= error.headers
     else:
         status, code, title = STATUS[type(error)], error.code, error.title
-    problem = Problem(code, title, status, str(error), request_id)
-    if isinstance(error, errors.InvalidInput):
-        problem = msgspec.structs.replace(problem, field=error.field)
-    elif isinstance(error, errors.DecryptionFailed):
-        problem = msgspec.structs.replace(problem, key_id=error.key_id, held=list(error.held))
-    elif isinstance(error, errors.EventArchived):
-        problem = msgspec.structs.replace(problem, minimum=error.minimum)
-    elif isinstance(error, errors.UnresolvedReferences):
-        failed = [UnresolvedName(*one) for one in error.errors]
-        problem = msgspec.structs.replace(problem, errors=failed)
-    elif isinstance(error, errors.Unauthenticated):
+    data = {member: getattr(error, member) for member in DATA.get(type(error), ())}
+    problem = Problem(code, title, status, str(error), request_id, **data)
+    if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="flowmason-secrets"'
-    elif isinstance(error, _PASSING):
+    elif isinstance(error, PASSING):
         headers["Retry-After"] = str(error.retry_after)
     return _response(problem, headers)
 

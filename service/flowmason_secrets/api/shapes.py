@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from ..core import times
 from ..core.drafts import Resolved, Revealed
+from ..core.errors import Unresolved
 from ..core.events import Detail, Line, Receipt
 from ..core.keyring import KeyState, KeyUsage
 from ..core.names import MAX_DESCRIPTION, MAX_LABEL, MAX_NAME
@@ -237,17 +238,11 @@ class Health(msgspec.Struct, frozen=True, omit_defaults=True):
     warnings: list[str] | None = None
 
 
-class UnresolvedName(msgspec.Struct, frozen=True):
-    """A secret that can't be read, and the code of the error that a read of it alone would be."""
-
-    name: str
-    code: str
-
-
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error, after RFC 9457. `code` is stable; `field` names what was wrong in the request.
     `minimum` is the `seq` of the first event that was not archived; `errors` lists the secrets
-    because of which none was revealed.
+    because of which none of those `asked` for was revealed. The others are the data of the error,
+    where it has such.
     """
 
     code: str
@@ -256,10 +251,16 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     detail: str
     request_id: str
     field: str | None = None
+    reason: str | None = None
+    name: str | None = None
+    seq: int | None = None
+    expires_at: str | None = None
+    current: str | None = None
     key_id: str | None = None
-    held: list[str] | None = None
+    held: Sequence[str] | None = None
     minimum: int | None = None
-    errors: list[UnresolvedName] | None = None
+    errors: Sequence[Unresolved] | None = None
+    asked: int | None = None
 
 
 def audit_out(line: Line) -> AuditEntry:

@@ -92,7 +92,7 @@ def _server(url: str, insecure: bool) -> Place:
     # aiohttp takes most of a short command's time: a usage error need not wait for it.
     from . import remote
 
-    return functools.partial(remote.opened, remote.server(url, api_key, insecure))
+    return functools.partial(remote.opened, remote.client(url, api_key, insecure))
 
 
 def _directory(org: str | None, data_dir: Path | None, creates: bool) -> Place:

@@ -1,7 +1,8 @@
 """The one tree of errors. Every member carries a stable code and its data, never a value."""
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 # Characters of a name that a message about many names shows.
 _SHOWN = 64
@@ -71,7 +72,8 @@ class SecretExpired(SecretsError):
         self.expires_at = expires_at
 
 
-class Unresolved(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Unresolved:
     """A secret that could not be read, and the code of the error that says why."""
 
     name: str
@@ -87,13 +89,14 @@ class UnresolvedReferences(SecretsError):
     code = "unresolved_references"
     title = "Unresolved references"
 
-    def __init__(self, failed: Sequence[Unresolved], asked: int) -> None:
+    def __init__(self, errors: Sequence[Unresolved], asked: int) -> None:
         # As many names as there are, but not as long as somebody likes.
-        shown = ", ".join(f"{name[:_SHOWN]!r} ({code})" for name, code in failed)
+        shown = ", ".join(f"{one.name[:_SHOWN]!r} ({one.code})" for one in errors)
         super().__init__(
-            f"{len(failed)} of {asked} secrets can't be read, so none was revealed: {shown}."
+            f"{len(errors)} of {asked} secrets can't be read, so none was revealed: {shown}."
         )
-        self.errors = tuple(failed)
+        self.errors = tuple(errors)
+        self.asked = asked
 
 
 class DecryptionFailed(SecretsError):
@@ -268,9 +271,10 @@ class Overloaded(SecretsError):
     title = "Overloaded"
 
     def __init__(
-        self, what: str = "Too many operations are waiting to be committed", retry_after: int = 1
+        self, reason: str = "Too many operations are waiting to be committed", retry_after: int = 1
     ) -> None:
-        super().__init__(f"{what}; try again shortly.")
+        super().__init__(f"{reason}; try again shortly.")
+        self.reason = reason
         self.retry_after = retry_after
 
 

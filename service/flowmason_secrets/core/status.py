@@ -1,4 +1,6 @@
-"""Which HTTP status answers which error: the one table, used by the API and by the events."""
+"""Which HTTP status answers which error, and what of its data: the one table, used by the API, by
+its clients and by the events.
+"""
 
 from . import errors
 from .events import Outcome
@@ -27,6 +29,31 @@ STATUS: dict[type[errors.SecretsError], int] = {
     errors.Overloaded: 503,
     errors.CheckpointPending: 503,
 }
+
+# What of an error's data goes over the wire, by the names of its parameters, so that a client can
+# raise the same error again. `retry_after` is a header.
+DATA: dict[type[errors.SecretsError], tuple[str, ...]] = {
+    errors.InvalidInput: ("field", "reason"),
+    errors.UnresolvedReferences: ("errors", "asked"),
+    errors.SecretNotFound: ("name",),
+    errors.EventNotFound: ("seq",),
+    errors.EventArchived: ("minimum",),
+    errors.SecretExpired: ("name", "expires_at"),
+    errors.PreconditionFailed: ("name", "current"),
+    errors.DecryptionFailed: ("name", "key_id", "held"),
+    errors.SecretDamaged: ("name", "reason"),
+    errors.LogUnavailable: ("reason",),
+    errors.IndexUnavailable: ("reason",),
+    errors.Overloaded: ("reason",),
+}
+
+# They pass by themselves, and say when it is worth to ask again.
+PASSING = (
+    errors.LogUnavailable,
+    errors.Overloaded,
+    errors.IndexUnavailable,
+    errors.CheckpointPending,
+)
 
 _OUTCOMES: dict[int, Outcome] = {403: "denied", 404: "not_found", 410: "expired"}
 

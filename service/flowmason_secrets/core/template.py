@@ -157,3 +157,16 @@ def _check_json(document: Plaintext) -> None:
 
 def _refuse(constant: str) -> None:
     raise ValueError(constant)
+
+
+def encode(document: object) -> Plaintext:
+    """A document as JSON, of what `json.dumps` takes.
+
+    Raises:
+        InvalidInput: it is no JSON.
+    """
+    try:
+        # As they are: of two surrogates, escapes would make one character.
+        return Plaintext(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidInput("document", "is not JSON, or nested too deeply") from None

@@ -32,6 +32,15 @@ def of_datetime(moment: datetime, field: str) -> str:
     return render(_seconds(moment))
 
 
+def text(moment: datetime | str | None, field: str) -> str | None:
+    """A time as it may be given, as text: `parse` judges it.
+
+    Raises:
+        InvalidInput: a `datetime` that has no zone.
+    """
+    return of_datetime(moment, field) if isinstance(moment, datetime) else moment
+
+
 def parse(text: str, field: str) -> float:
     """Seconds since the epoch of an RFC 3339 time with a zone.
 
