@@ -1,5 +1,6 @@
 """The operations of the tables of failures: a new one is a line in `OPERATIONS`."""
 
+import json
 import os
 import shutil
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flowmason_secrets.core.drafts import Draft, KeyDraft
+from flowmason_secrets.core.drafts import Draft, KeyDraft, Usage
 from flowmason_secrets.core.events import Ids
 from flowmason_secrets.core.keyring import Keyring, Plaintext
 from flowmason_secrets.core.names import org_hash, secret_hash
@@ -115,6 +116,16 @@ async def read(service: Service, truth: Truth) -> None:
     revealed = await service.get(CALLER, "OLD")
     assert Secret(revealed.value.reveal(), revealed.metadata) == truth.secrets["OLD"]
     truth.heard(revealed.receipt, "secret.read")
+
+
+async def resolve(service: Service, truth: Truth) -> None:
+    """Read two secrets for one document."""
+    document = Plaintext('["{{secrets.OLD}}","{{secrets.LONG}}"]')
+    resolved = await service.references.resolve(CALLER, document, Usage("p"))
+    values = [truth.secrets[name].value for name in ("OLD", "LONG")]
+    assert json.loads(resolved.document.reveal()) == values
+    for receipt in resolved.receipts.values():
+        truth.heard(receipt, "secret.read")
 
 
 async def issue(service: Service, truth: Truth) -> None:
@@ -323,6 +334,7 @@ OPERATIONS: dict[str, Operation] = {
     "update with less": Operation(put("LONG", "short")),
     "delete": Operation(drop("OLD")),
     "read": Operation(read),
+    "read of several": Operation(resolve),
     "key create": Operation(issue),
     "key revoke": Operation(revoke),
     "segment roll": Operation(read, segment=1),
