@@ -54,9 +54,12 @@ def problem_response(error: SecretsError, request_id: str) -> Answer:
         problem = msgspec.structs.replace(problem, errors=failed)
     elif isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="flowmason-secrets"'
-    elif isinstance(error, _PASSING):
-        headers["Retry-After"] = str(error.retry_after)
-    return _response(problem, headers)
+    return _response(problem, headers | retry_after(error))
+
+
+def retry_after(error: SecretsError) -> dict[str, str]:
+    """The header that says when it is worth to ask again; none if it is not."""
+    return {"Retry-After": str(error.retry_after)} if isinstance(error, _PASSING) else {}
 
 
 def internal_error(request_id: str) -> Answer:
