@@ -57,6 +57,16 @@ class Description(msgspec.Struct, frozen=True):
     max_versions: int = 0
     delete_version_after: str | int = 0
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks for anything."""
+        return (
+            bool(self.custom_metadata)
+            or self.cas_required
+            or self.max_versions not in (0, 1)
+            or self.delete_version_after not in (0, "", "0", "0s")
+        )
+
 
 async def read(service: Service, call: Call) -> Answer:
     """The value, if it is the version that is asked for; of older ones only that they are gone."""
@@ -145,7 +155,7 @@ async def describe(service: Service, call: Call) -> Answer:
     """Refused, unless it asks for what is so anyway."""
     sent = await requests.document(call, Description)
     _path(call)
-    if sent.custom_metadata or sent.cas_required or sent.max_versions not in (0, 1):
+    if sent.asks:
         raise malformed("Metadata can't be set here: only the current version is kept.")
     return _nothing()
 

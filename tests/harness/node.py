@@ -1,0 +1,1 @@
+"""node-vault, over `tests/node/vault.js`."""
