@@ -1,6 +1,7 @@
 """The method LIST, in whatever pieces and behind whatever requests it comes."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def seen(request: bytes) -> bytes:
 def split(data: bytes, cuts: Sequence[int]) -> list[bytes]:
     """The pieces between those places, each taken modulo the length."""
     places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[begin:end] for begin, end in zip(places, places[1:], strict=False)]
+    return [data[begin:end] for begin, end in itertools.pairwise(places)]
 
 
 @settings(max_examples=500, deadline=None)

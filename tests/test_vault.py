@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import datetime
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flowmason_secrets.core.ports import AuditQuery
 from flowmason_secrets.core.status import STATUS
 from flowmason_secrets.service import Service
 
+from .harness.node import node_vault
 from .harness.pressed import Pressed, pressed
 
 ORG = app.local_caller("acme", "tester")
@@ -91,16 +93,19 @@ async def key(site: Site, org: str = "acme", **draft: object) -> str:
     return (await site.service.keys.issue(app.local_caller(org), draft_of)).raw.reveal()
 
 
-async def refused(kind: type[Exception], step: Step, *texts: str) -> Exception:
+async def refused(kind: type[Exception], step: Step, *texts: str) -> Any:
     """Assert that hvac raises exactly this error, with these texts of Vault's."""
     with pytest.raises(exceptions.VaultError) as caught:
         await asyncio.to_thread(step)
-    assert type(caught.value) is kind
-    assert (caught.value.errors or []) == list(texts)
-    return caught.value
+    error: Any = caught.value
+    assert type(error) is kind
+    assert (error.errors or []) == list(texts)
+    return error
 
 
-async def events(service: Service, caller: Caller = ORG) -> list[tuple[str, str | None, str, int]]:
+async def events(
+    service: Service, caller: Caller = ORG
+) -> list[tuple[str, str | None, str, int | None]]:
     """What is in the log: action, name, outcome and status, the oldest first."""
     lines = await service.audit(caller, AuditQuery("acme"))
     return [
@@ -152,7 +157,7 @@ async def test_older_versions_are_destroyed(site: Site) -> None:
         assert shown["data"]["data"] == {"v": "two"}
     before = await events(site.service)
     gone = await refused(exceptions.InvalidPath, read(1))
-    body = gone.json["data"]  # type: ignore[attr-defined] # hvac's
+    body = gone.json["data"]
     assert body["data"] is None
     assert body["metadata"]["version"] == 1
     assert body["metadata"]["destroyed"] is True
@@ -247,7 +252,7 @@ async def test_lists(site: Site, strict: bool) -> None:
         found = await asyncio.to_thread(kv.list_secrets, folder)
         assert found["data"] == {"keys": keys}, folder
     for empty in ("nope", "b/c", "b/d/e", "B"):
-        await refused(exceptions.InvalidPath, lambda path=empty: kv.list_secrets(path))  # type: ignore[misc] # mypy 1.x can't infer it
+        await refused(exceptions.InvalidPath, partial(kv.list_secrets, empty))
 
 
 async def test_what_lists_show_is_what_may_be_used(site: Site) -> None:
@@ -267,7 +272,7 @@ async def test_what_lists_show_is_what_may_be_used(site: Site) -> None:
             few.delete_latest_version_of_secret,
             lambda path: few.create_or_update_secret(path, {}),
         ):
-            await refused(exceptions.Forbidden, lambda c=call, n=name: c(n), *texts)  # type: ignore[misc] # likewise
+            await refused(exceptions.Forbidden, partial(call, name), *texts)
     stranger = site.client(await key(site, org="other")).secrets.kv.v2
     await refused(exceptions.InvalidPath, lambda: stranger.list_secrets(""))
     await refused(exceptions.InvalidPath, lambda: stranger.read_secret("team/a"))
@@ -302,12 +307,11 @@ async def test_deletes(site: Site) -> None:
             await refused(exceptions.InvalidPath, lambda: kv.read_secret_metadata("N"))
     # hvac refuses empty lists itself.
     for way in ("delete", "destroy"):
-        url = f"/v1/secret/{way}/N"
-        step = lambda url=url: http.adapter.post(url, json={"versions": []})  # noqa: E731
-        await refused(exceptions.InvalidRequest, step, "No version number provided")
-    undelete = "What was deleted is not kept here: it can't be undeleted."
-    step = lambda: kv.undelete_secret_versions("N", [1])  # noqa: E731
-    await refused(exceptions.InvalidRequest, step, undelete)
+        empty = partial(http.adapter.post, f"/v1/secret/{way}/N", json={"versions": []})
+        await refused(exceptions.InvalidRequest, empty, "No version number provided")
+    undelete = partial(kv.undelete_secret_versions, "N", [1])
+    text = "What was deleted is not kept here: it can't be undeleted."
+    await refused(exceptions.InvalidRequest, undelete, text)
 
 
 async def test_metadata(site: Site) -> None:
@@ -344,7 +348,7 @@ async def test_metadata(site: Site) -> None:
     ):
         await refused(
             exceptions.InvalidRequest,
-            lambda c=change: kv.update_metadata("N", **c),  # type: ignore[misc] # likewise
+            partial(kv.update_metadata, "N", **change),
             text,
         )
 
@@ -373,6 +377,32 @@ async def test_who_hvac_is(site: Site) -> None:
     assert (await asyncio.to_thread(kv.list_secrets, ""))["data"] == {"keys": ["A"]}
 
 
+async def test_node_vault(site: Site) -> None:
+    told = await asyncio.to_thread(node_vault, site.url, site.key)
+    failures = {name: one for name, one in told.items() if "ok" not in one}
+    assert failures == {
+        "mismatch": {"status": 400, "errors": [MISMATCH]},
+        "exists": {"status": 400, "errors": [MISMATCH]},
+        "older": {"status": 404, "errors": "Status 404"},
+        "nobody": {"status": 403, "errors": ["permission denied"]},
+        "lookup": {"status": 403, "errors": ["permission denied"]},
+        "patch": {"status": 405, "errors": ["unsupported operation"]},
+        "absent": {"status": 404, "errors": []},
+        "none": {"status": 404, "errors": []},
+    }
+    worked = {name: one["ok"] for name, one in told.items() if "ok" in one}
+    assert worked["health"]["sealed"] is False
+    assert worked["write"]["data"]["version"] == 1
+    assert worked["read"]["data"]["data"] == {"user": "ann", "n": 1}
+    assert worked["read"]["data"]["metadata"] == worked["write"]["data"]
+    assert worked["cas"]["data"]["version"] == 2
+    assert worked["list"]["data"] == {"keys": ["A", "team/"]}
+    assert worked["below"]["data"] == worked["get"]["data"] == {"keys": ["db"]}
+    assert worked["metadata"]["data"]["current_version"] == 2
+    assert worked["self"]["data"]["meta"] == {"org_id": "acme"}
+    assert worked["remove"] is worked["again"] is None
+
+
 async def test_bad_tokens_are_403(site: Site, data_dir: Path) -> None:
     revoked = await key(site)
     (live,) = [one for one in await site.service.keys.all(ORG) if one.revoked_at is None][-1:]
@@ -383,9 +413,9 @@ async def test_bad_tokens_are_403(site: Site, data_dir: Path) -> None:
         kv = http.secrets.kv.v2
         for step in (
             http.lookup_token,
-            lambda kv=kv: kv.read_secret("A"),
-            lambda kv=kv: kv.list_secrets(""),
-            lambda kv=kv: kv.create_or_update_secret("A", {}),
+            partial(kv.read_secret, "A"),
+            partial(kv.list_secrets, ""),
+            partial(kv.create_or_update_secret, "A", {}),
         ):
             await refused(exceptions.Forbidden, step, "permission denied")
     await site.service.failures.flush()
