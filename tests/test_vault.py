@@ -98,8 +98,8 @@ async def refused(kind: type[Exception], step: Step, *texts: str) -> Any:
     with pytest.raises(exceptions.VaultError) as caught:
         await asyncio.to_thread(step)
     error: Any = caught.value
-    assert type(error) is kind
     assert (error.errors or []) == list(texts)
+    assert type(error) is kind
     return error
 
 
