@@ -87,6 +87,31 @@ def test_byte_by_byte(pipeline: list[bytes]) -> None:
     assert passed == b"".join(map(seen, pipeline))
 
 
+# One of each kind, with a body that looks like a request.
+_FAKE = b"LIST / HTTP/1.1\r\n\r\n"
+_EACH = (
+    head("LIST"),
+    head("POST", f"Content-Length: {len(_FAKE)}") + _FAKE,
+    b"\r\n" + head("LIST", "X: LIST"),
+    head("PUT", "Transfer-Encoding: chunked") + chunked(_FAKE, 12),
+    head("LIST"),
+)
+
+
+def test_every_two_cuts() -> None:
+    data, expected = b"".join(_EACH), b"".join(map(seen, _EACH))
+    for first, second in itertools.combinations_with_replacement(range(len(data) + 1), 2):
+        framing = Framing()
+        pieces = (data[:first], data[first:second], data[second:])
+        assert b"".join(map(framing.translated, pieces)) == expected, (first, second)
+
+
+def test_every_request_on_its_own() -> None:
+    framing = Framing()
+    for request in _EACH * 2:
+        assert framing.translated(request) == seen(request)
+
+
 # What no parser takes for a request must not become one.
 @pytest.mark.parametrize("method", [b"LINK", b"LISK", b"LINT", b"LIN", b"LIS", b"LISTS"])
 def test_what_is_not_list(method: bytes) -> None:

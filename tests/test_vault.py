@@ -16,7 +16,7 @@ from hvac import exceptions
 
 from flowmason_secrets import app
 from flowmason_secrets.api import vaultface
-from flowmason_secrets.core import errors
+from flowmason_secrets.core import errors, names
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import Draft, KeyDraft, Precondition
 from flowmason_secrets.core.keyring import Plaintext
@@ -166,6 +166,23 @@ async def test_older_versions_are_destroyed(site: Site) -> None:
     # Nothing was revealed, and no read is told of.
     assert await events(site.service) == before
     await refused(exceptions.InvalidRequest, lambda: kv.read_secret_version("N", "x"), *_VERSION)
+
+
+async def test_a_version_that_ends_while_it_is_read(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await site.service.set(ORG, Draft("N", Plaintext('{"v": 1}')))
+    get = site.service.get
+
+    async def late(caller: Caller, name: str) -> object:
+        await site.service.set(ORG, Draft("N", Plaintext('{"v": 2}')))
+        return await get(caller, name)
+
+    monkeypatch.setattr(site.service, "get", late)
+    shown = await ask(site, "GET", f"{DATA}/N?version=1")
+    assert shown.status_code == 404
+    assert shown.json()["data"]["data"] is None
+    assert shown.json()["data"]["metadata"]["version"] == 1
 
 
 _VERSION = ("version: must be a number",)
@@ -558,6 +575,25 @@ async def test_on_the_wire(
     assert shown.headers["Content-Type"] == "application/json"
     assert shown.headers["Cache-Control"] == "no-store"
     assert "WWW-Authenticate" not in shown.headers
+
+
+async def test_nothing_has_no_length(site: Site) -> None:
+    shown = await ask(site, "DELETE", f"{DATA}/absent")
+    assert (shown.status_code, shown.content) == (204, b"")
+    # RFC 9110 §8.6, and there is no type either.
+    assert not {"Content-Length", "Content-Type"} & set(shown.headers)
+
+
+async def test_names_that_urls_cannot_carry_are_not_listed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # FlowMason 1.0 took any.
+    monkeypatch.setattr(names, "check_new_path", lambda name: name)
+    for name in ("a//b", "/a", "a/", "a/../b", ".", "a/b"):
+        await site.service.set(ORG, Draft(name, Plaintext(""), nested=True))
+    for folder, keys in (("", ["A", "a/"]), ("a", ["b"])):
+        shown = await ask(site, "LIST", f"{META}/{folder}")
+        assert shown.json()["data"] == {"keys": keys}
 
 
 async def test_a_bearer_token_will_do(site: Site) -> None:
