@@ -16,6 +16,7 @@ from hvac import exceptions
 
 from flowmason_secrets import app
 from flowmason_secrets.api import vaultface
+from flowmason_secrets.config import PREFIX
 from flowmason_secrets.core import errors, names
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import Draft, KeyDraft, Precondition
@@ -26,6 +27,7 @@ from flowmason_secrets.service import Service
 
 from .harness.node import node_vault
 from .harness.pressed import Pressed, pressed
+from .harness.server import issue_key, serving
 
 ORG = app.local_caller("acme", "tester")
 MISMATCH = "check-and-set parameter did not match the current version"
@@ -650,6 +652,25 @@ async def test_the_plain_api_reads_and_deletes_what_has_a_path(site: Site) -> No
     assert (await ask(site, "DELETE", "/api/v1/secrets/a%2Fb", **plain)).status_code == 200
     assert (await ask(site, "GET", f"{DATA}/a/b")).status_code == 404
     assert (await ask(site, "GET", f"{DATA}/a%252Fb")).status_code == 200
+
+
+@pytest.mark.parametrize("how", ["--vault-compat", "VAULT_COMPAT"])
+async def test_the_program_has_the_face(data_dir: Path, how: str) -> None:
+    token = await issue_key(data_dir)
+    arguments = (how,) if how.startswith("-") else ()
+    environment = {} if arguments else {f"{PREFIX}{how}": "true"}
+
+    def use(url: str) -> None:
+        for number in range(8):
+            # Each time it is whichever worker that answers.
+            with contextlib.closing(hvac.Client(url=url, token=token).adapter) as adapter:
+                kv = hvac.api.secrets_engines.KvV2(adapter)
+                kv.create_or_update_secret("team/db", {"n": number}, cas=number)
+                assert kv.read_secret("team/db")["data"]["data"] == {"n": number}
+                assert kv.list_secrets("team")["data"] == {"keys": ["db"]}
+
+    async with serving(data_dir, "--workers=2", *arguments, **environment) as server:
+        await asyncio.to_thread(use, server.url)
 
 
 async def test_without_the_option_there_is_no_face(data_dir: Path) -> None:

@@ -82,23 +82,18 @@ async def read(service: Service, call: Call) -> Answer:
         return _gone(call, current, current.version, error.expires_at)
     if wanted and wanted != metadata.version:
         return _gone(call, metadata, wanted)
-    data = {"data": _shown(value), "metadata": _about(metadata)}
-    return _answer(call, data, receipt=receipt)
+    return _answer(call, {"data": _shown(value), "metadata": _about(metadata)}, receipt=receipt)
 
 
 async def write(service: Service, call: Call) -> Answer:
     """Create or replace an entry."""
     sent = await requests.document(call, Entry)
-    text = bytes(sent.data)
-    if text in (b"", b"null"):
-        raise malformed("no data provided")
-    if not _is_object(text):
-        raise malformed("data must be a JSON object in UTF-8")
+    value = _value(sent)
     cas = None if sent.options is None else sent.options.cas
     precondition = None
     if cas is not None:
         precondition = Precondition(version=cas) if cas else Precondition(absent=True)
-    draft = Draft(_path(call), Plaintext(text.decode()), nested=True)
+    draft = Draft(_path(call), value, nested=True)
     written = await service.set(call.caller, draft, precondition)
     return _answer(call, _about(written.metadata), receipt=written.receipt)
 
@@ -251,7 +246,19 @@ def _version(call: Call) -> int:
     return int(text)
 
 
-def _is_object(text: bytes) -> bool:
+def _value(sent: Entry) -> Plaintext:
+    """Raises:
+    RequestError: it is no JSON object.
+    """
+    # No variable holds it in clear: tracebacks show variables.
+    if bytes(sent.data) in (b"", b"null"):
+        raise malformed("no data provided")
+    if not _is_object(bytes(sent.data)):
+        raise malformed("data must be a JSON object in UTF-8")
+    return Plaintext(bytes(sent.data).decode())
+
+
+def _is_object(text: str | bytes) -> bool:
     try:
         return isinstance(orjson.loads(text), dict)
     except ValueError:
@@ -259,8 +266,9 @@ def _is_object(text: bytes) -> bool:
 
 
 def _shown(value: Plaintext) -> object:
-    text = value.reveal()
-    return orjson.Fragment(text) if _is_object(text.encode()) else {PLAIN: text}
+    if _is_object(value.reveal()):
+        return orjson.Fragment(value.reveal())
+    return {PLAIN: value.reveal()}
 
 
 def _about(metadata: Metadata) -> dict[str, object]:
