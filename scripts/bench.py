@@ -190,7 +190,7 @@ def call(url: str, key: str, document: dict[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def ours(cores: set[int]) -> Iterator[tuple[Target, str]]:
+def ours(cores: set[int], *options: str) -> Iterator[tuple[Target, str]]:
     """The service, a worker for each core, on a fresh data directory with the secrets in it, and an
     API key.
     """
@@ -206,7 +206,7 @@ def ours(cores: set[int]) -> Iterator[tuple[Target, str]]:
             capture_output=True,
             text=True,
         ).stdout.strip()
-        serve = [*program, "serve", "--port=0", "--workers=0"]
+        serve = [*program, "serve", "--port=0", "--workers=0", *options]
         target = Target("the service", serve, cores, **environment)
         try:
             for number in range(SECRETS):
@@ -293,7 +293,7 @@ def one_core(
     cores, client = {arguments.core}, {1 - arguments.core}
     bare = Target("bare aiohttp", [sys.executable, "-c", BARE, "1"], cores)
     stack.callback(bare.stop)
-    target, key = stack.enter_context(ours(cores))
+    target, key = stack.enter_context(ours(cores, *arguments.options))
     read, update = scripts(key)
     base = Row("bare aiohttp")
     runs: list[Run] = [(base, bare.url, read, client)]
@@ -307,12 +307,12 @@ def one_core(
     return target, runs
 
 
-def two_cores(stack: contextlib.ExitStack, client: set[int]) -> list[Run]:
+def two_cores(stack: contextlib.ExitStack, client: set[int], options: list[str]) -> list[Run]:
     """Two processes on two cores."""
     cores = {0, 1}
     bare = Target("bare aiohttp", [sys.executable, "-c", BARE, "2"], cores)
     stack.callback(bare.stop)
-    target, key = stack.enter_context(ours(cores))
+    target, key = stack.enter_context(ours(cores, *options))
     read, update = scripts(key)
     base = Row("bare aiohttp, 2 processes")
     return [
@@ -332,7 +332,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     )
     with contextlib.ExitStack() as stack:
         target, runs = one_core(stack, arguments)
-        runs += two_cores(stack, third)
+        runs += two_cores(stack, third, arguments.options)
         _, (read, url, script, client), *_ = runs
         reads = 0
         for _ in range(arguments.rounds):
@@ -380,6 +380,14 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="don't go on to 500,000 reads")
     parser.add_argument("--no-legacy", action="store_true", help="leave out FlowMason 1.0.24")
+    parser.add_argument(
+        "--vault-compat",
+        dest="options",
+        action="append_const",
+        const="--vault-compat",
+        default=[],
+        help="serve clients of Vault, too",
+    )
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         print("wrk is needed: apt-get install wrk, or brew install wrk", file=sys.stderr)

@@ -59,6 +59,7 @@ SAID: dict[str, tuple[str, Any]] = {
     "RESERVE_BYTES": ("0", 0),
     "WITNESS": ("https://w.example/a http://[::1]:1", ("https://w.example/a", "http://[::1]:1")),
     "WITNESS_KEY": ("one two", ("one", "two")),
+    "VAULT_COMPAT": ("true", True),
 }
 
 
@@ -134,6 +135,12 @@ def test_every_field_has_its_variable() -> None:
 def test_unknown_variables(name: str) -> None:
     refused({name: CANARY}, PREFIX + name, f"{PREFIX}KEY_FILE", f"{PREFIX}PORT")
     refused({name: CANARY, "KEY": KEY}, PREFIX + name)
+
+
+@pytest.mark.parametrize("text", ["", "1", "True", "yes", "on"])
+def test_what_is_neither_true_nor_false(text: str) -> None:
+    refused({"VAULT_COMPAT": text}, f"{PREFIX}VAULT_COMPAT={text!r}", "true or false")
+    assert from_environment({f"{PREFIX}VAULT_COMPAT": "false"}) == Settings()
 
 
 @pytest.mark.parametrize("text", ["", " ", "x", "-1", "8700x", "0x10", "1,5", "nan", "-inf"])

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -24,10 +25,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 from msgspec import Raw
+from yarl import URL
 
 from flowmason_secrets import app
+from flowmason_secrets.api import answers, shapes, vault, vaultface
 from flowmason_secrets.api import server as api_server
-from flowmason_secrets.api import shapes
 from flowmason_secrets.api.problems import problem_response
 from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.config import Settings
@@ -533,6 +535,7 @@ def _objects() -> list[object]:
         Intent(event, (), put),
         SecretRecord(metadata, token, 1),
         shapes.SecretIn("N", VALUE),
+        vault.Entry(Raw(json.dumps({"a": VALUE}))),
         shapes.SecretValue("N", VALUE, "other", False, 1),
         Resolved(value, {"N": receipt}),
         parse(Plaintext(f'["{RAW_KEY}", "{{{{secrets.N}}}}"]')),
@@ -645,6 +648,47 @@ async def test_no_traceback_of_several_secrets_shows_a_value(
     assert "Traceback" in tracebacks[0]
     planted = {"value": VALUE, "document": in_document}
     assert found_in(tracebacks[0].encode(), planted) == []
+
+
+VAULT_REFUSALS: dict[str, tuple[str, str]] = {
+    "no object": ("N", '{"data": "%s"}'),
+    "no JSON in it": ("N", '{"data": {"a": "%s\\x"}}'),
+    "half a character": ("N", '{"data": {"a": "%s\\ud800"}}'),
+    "malformed": ("N", '{"data": {"a": "%s"}}}'),
+    "too long": ("N", '{"data": {"a": "%s' + "x" * 65536 + '"}}'),
+    "other version": ("N", '{"data": {"a": "%s"}, "options": {"cas": 7}}'),
+    "no version": ("N", '{"options": {"cas": "x"}, "data": {"a": "%s"}}'),
+    "wrong name": ("a%0ab", '{"data": {"a": "%s"}}'),
+    "two tokens": ("N", '{"data": {"a": "%s"}}'),
+}
+
+
+@pytest.mark.parametrize("what", VAULT_REFUSALS)
+async def test_no_traceback_of_the_face_for_vault_shows_anything(
+    service: Service, data_dir: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path, body = VAULT_REFUSALS[what]
+    key = await issue_key(data_dir)
+    more = {"Authorization": f"Bearer {key}"} if what == "two tokens" else {}
+    seen: Tracebacks = []
+
+    def observed(error: SecretsError, request_id: str) -> answers.Answer:
+        with_locals = traceback.TracebackException.from_exception(error, capture_locals=True)
+        seen.append("".join(with_locals.format()))
+        return vaultface.problem(error, request_id)
+
+    monkeypatch.setattr(vaultface, "FACE", replace(vaultface.FACE, problem=observed))
+    async with (
+        RawTestServer(Dispatcher(service, vault=True)) as server,
+        aiohttp.ClientSession(headers={"X-Vault-Token": key} | more) as client,
+        client.post(
+            URL(f"{server.make_url('/v1/secret/data/')}{path}", encoded=True),
+            data=(body % VALUE).encode(),
+        ) as answer,
+    ):
+        assert answer.status == 400, await answer.text()
+    assert len(seen) == 1
+    assert found_in(seen[0].encode(), {"value": VALUE, "API key": key}) == []
 
 
 @pytest.mark.parametrize("kind", ["unknown", "live"])

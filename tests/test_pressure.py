@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flowmason_secrets.api.connections import MAX_HEAD, Limits
+from flowmason_secrets.api.connections import Limits
+from flowmason_secrets.api.framing import MAX_HEAD
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import Draft
 from flowmason_secrets.core.keyring import Plaintext

@@ -50,6 +50,7 @@ class Settings:
     reserve_bytes: int = 64 << 20
     witnesses: tuple[str, ...] = ()
     witness_keys: tuple[str, ...] = ()
+    vault_compat: bool = False
 
     @property
     def root(self) -> Path:
@@ -123,6 +124,10 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "WITNESS_KEY": (
         "witness_keys",
         "The verifier key of each witness, in the same order.",
+    ),
+    "VAULT_COMPAT": (
+        "vault_compat",
+        "Whether clients of HashiCorp Vault are served under /v1, too: true or false.",
     ),
 }
 
@@ -305,9 +310,14 @@ def _witness(url: str, vkey: str) -> Witness:
 
 
 def _convert(variable: str, name: str, text: str) -> object:
-    kind = Path if name == "signing_key_file" else type(getattr(Settings(), name))
-    if kind is tuple:
+    default = getattr(Settings(), name)
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise ConfigurationError(f"{variable}={text!r} must be true or false.")
+        return text == "true"
+    if isinstance(default, tuple):
         return tuple(text.split())
+    kind = Path if name == "signing_key_file" else type(default)
     try:
         if kind in (int, float):
             number = kind(text)

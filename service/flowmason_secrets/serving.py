@@ -124,8 +124,9 @@ async def serve(
             budget,
             body_timeout=settings.body_timeout,
             behind_proxy=listen.behind_proxy,
+            vault=settings.vault_compat,
         )
-        server = Server(dispatcher, limits, budget)
+        server = Server(dispatcher, limits, budget, knows_list=settings.vault_compat)
         acceptor = Acceptor(address.sockets, server, listen.tls)
         try:
             acceptor.start()

@@ -65,7 +65,7 @@ class Peer:
                 head = (await self._reader.readuntil(b"\r\n\r\n")).decode()
                 first, *lines = head.split("\r\n")[:-2]
                 headers = {name.lower(): value for name, value in (x.split(": ", 1) for x in lines)}
-                body = await self._reader.readexactly(int(headers["content-length"]))
+                body = await self._reader.readexactly(int(headers.get("content-length", "0")))
             except (asyncio.IncompleteReadError, ConnectionError):
                 return ENDED
             return Reply(int(first.split()[1]), headers, body)
@@ -159,9 +159,12 @@ async def pressed(
 ) -> AsyncIterator[Pressed]:
     """A server with the secret `A`; afterwards it must hold nothing for clients that are gone."""
     limits = limits or Limits()
-    service = await app.open_service(settings_for(data_dir, **settings), durable)
+    chosen = settings_for(data_dir, **settings)
+    service = await app.open_service(chosen, durable)
     budget = Budget(limits.request_bytes)
-    server = Server(Dispatcher(service, budget, body_timeout=PATIENCE), limits, budget)
+    vault = chosen.vault_compat
+    dispatcher = Dispatcher(service, budget, body_timeout=PATIENCE, vault=vault)
+    server = Server(dispatcher, limits, budget, knows_list=vault)
     address = Address(Listen("127.0.0.1", 0))
     acceptor = Acceptor(address.sockets, server, tls)
     site = Pressed(service, server, budget, address.sockets[0].getsockname()[1])

@@ -49,9 +49,11 @@ class Answer(web.StreamResponse):
         connection = ""
         if keep_alive != modern:
             connection = f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n"
+        # RFC 9110 §8.6: a 204 has no length.
+        length = "" if self._status == 204 else f"Content-Length: {len(self._content)}\r\n"
         head = (
             f"HTTP/1.{1 if modern else 0} {self._status} {_REASONS[self._status]}\r\n"
-            f"{self._head}{connection}Content-Length: {len(self._content)}\r\n"
+            f"{self._head}{connection}{length}"
             f"Date: {_date(int(time.time()))}\r\nServer: flowmason\r\n\r\n"
         )
         body = b"" if request.method == "HEAD" else self._content

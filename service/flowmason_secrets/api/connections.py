@@ -13,12 +13,11 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from aiohttp.web_request import BaseRequest
 
 from ..core.errors import Overloaded, SecretsError
+from .framing import MAX_HEAD, Framing
 from .problems import RequestError, malformed, problem_response
 
 _log = logging.getLogger(__name__)
 
-# Bytes of a request's head, of the trailers of a body, and of what is neither.
-MAX_HEAD = 16 << 10
 # Lines of a head, each of which costs more than its bytes.
 _LINES = 64
 # A request that arrives in one piece of so many bytes isn't counted: it costs no more than the
@@ -93,6 +92,7 @@ class Connection(RequestHandler):
         # Whether nothing is half there.
         self._whole = True
         self._refused = False
+        self._framing = Framing() if server.knows_list else None
         # What it has of the budget: received and not answered; not taken.
         self._held = 0
         self._unread = 0
@@ -136,6 +136,8 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
+        if self._framing is not None:
+            data = self._framing.translated(data)
         messages = self._messages
         if not self._whole or messages or len(data) > _SMALL:
             self._count(data)
@@ -299,8 +301,12 @@ class Server(web.Server):
         handler: Callable[[BaseRequest], Coroutine[Any, Any, web.StreamResponse]],
         limits: Limits,
         budget: Budget,
+        *,
+        knows_list: bool = False,
     ) -> None:
         super().__init__(handler)
+        # Whether clients may send the method LIST; handlers see it as `framing.LIST`.
+        self.knows_list = knows_list
         self.limits = limits
         self.budget = budget
         self._open: set[Connection] = set()

@@ -37,9 +37,12 @@ def problem_response(error: SecretsError, request_id: str) -> Answer:
     problem = Problem(code, title, status, str(error), request_id, **data)
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="flowmason-secrets"'
-    elif isinstance(error, PASSING):
-        headers["Retry-After"] = str(error.retry_after)
-    return _response(problem, headers)
+    return _response(problem, headers | retry_after(error))
+
+
+def retry_after(error: SecretsError) -> dict[str, str]:
+    """The header that says when it is worth to ask again; none if it is not."""
+    return {"Retry-After": str(error.retry_after)} if isinstance(error, PASSING) else {}
 
 
 def internal_error(request_id: str) -> Answer:

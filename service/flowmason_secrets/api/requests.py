@@ -225,6 +225,16 @@ async def body(call: Call, shape: type[T]) -> T:
             "Unsupported media type",
             "Send 'Content-Type: application/json'.",
         )
+    return await document(call, shape)
+
+
+async def document(call: Call, shape: type[T]) -> T:
+    """The same, whatever type the client says it has.
+
+    Raises:
+        RequestError: 408, 413, 415, or 400 when it is not JSON.
+        InvalidInput: JSON, but not of this shape.
+    """
     if call.raw.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise RequestError(
             415,

@@ -12,10 +12,12 @@ from aiohttp.web_request import BaseRequest
 
 from ..core.access import Caller, Principal
 from ..core.errors import SecretsError, Unauthenticated
+from ..core.keyring import Plaintext
 from ..service import Service
-from . import openapi, requests
+from . import openapi, requests, vaultface
 from .answers import Answer, json_answer
 from .connections import Budget, Limits
+from .faces import Face
 from .problems import RequestError, internal_error, problem_response
 from .requests import Call
 from .routes import ROUTES, Route, RouteTable
@@ -51,6 +53,7 @@ class Dispatcher:
         *,
         body_timeout: float = 30.0,
         behind_proxy: bool = False,
+        vault: bool = False,
     ) -> None:
         self._service = service
         self.budget = budget or Budget(Limits().request_bytes)
@@ -58,7 +61,15 @@ class Dispatcher:
         self._behind_proxy = behind_proxy
         self._active = 0
         self._idle: asyncio.Event | None = None
-        self._table = RouteTable((*ROUTES, _openapi_route()))
+        table = RouteTable((*ROUTES, _openapi_route()))
+        self._face = Face(
+            table.find,
+            requests.api_key,
+            requests.decode_query,
+            problem_response,
+            internal_error,
+        )
+        self._vault = vaultface.FACE if vault else None
         # Unique among processes and requests, and cheap.
         stem, counter = secrets.token_hex(6), itertools.count(1)
         self._new_request_id: Callable[[], str] = lambda: f"{stem}-{next(counter):x}"
@@ -68,25 +79,29 @@ class Dispatcher:
         request_id = requests.request_id(raw) or self._new_request_id()
         self._active += 1
         call: Call | None = None
+        face = self._face
         try:
             target = raw.raw_path
             if not target.startswith("/"):
                 target = requests.origin_form(target)
             path, _, query = target.partition("?")
-            route, params = self._route(raw.method, path)
-            decoded = requests.decode_query(query, route.known_query) if query else {}
-            caller = await self._caller(raw, request_id) if route.scopes else _NOBODY
+            if self._vault is not None and path.startswith(vaultface.PREFIX):
+                face = self._vault
+            route, params = _route(face, raw.method, path)
+            decoded = face.query(query, route.known_query) if query else {}
+            key = face.api_key(raw) if route.scopes else None
+            caller = await self._caller(raw, key, request_id) if route.scopes else _NOBODY
             call = Call(raw, caller, params, decoded, self.budget, self._body_timeout)
             return await route.handler(self._service, call)
         except SecretsError as error:
             if isinstance(error, Unauthenticated):
                 self._service.failures.note(requests.client_ip(raw, self._behind_proxy))
-            return problem_response(error, request_id)
+            return face.problem(error, request_id)
         except ConnectionError:
             raise
         except Exception:
             _log.exception("request %s failed", request_id)
-            return internal_error(request_id)
+            return face.internal_error(request_id)
         finally:
             self._active -= 1
             if call is not None and call.held:
@@ -102,26 +117,26 @@ class Dispatcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), seconds)
 
-    def _route(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
-        found = self._table.find(path)
-        if found is None:
-            raise RequestError(404, "no_such_route", "No such route", f"See {OPENAPI_PATH}.")
-        methods, params = found
-        route = methods.get(method)
-        if route is None:
-            allowed = ", ".join(methods)
-            error = RequestError(
-                405, "method_not_allowed", "Method not allowed", f"Allowed here: {allowed}."
-            )
-            error.headers = {"Allow": allowed}
-            raise error
-        return route, params
-
-    async def _caller(self, raw: BaseRequest, request_id: str) -> Caller:
-        key = requests.api_key(raw)
+    async def _caller(self, raw: BaseRequest, key: Plaintext | None, request_id: str) -> Caller:
         if key is None:
             raise Unauthenticated
         authentication = self._service.authentication
         known = authentication.recall(key) or await authentication.authenticate(key)
         address = requests.client_ip(raw, self._behind_proxy)
         return Caller(*known, address, requests.user_agent(raw), request_id)
+
+
+def _route(face: Face, method: str, path: str) -> tuple[Route, dict[str, str]]:
+    found = face.find(path)
+    if found is None:
+        raise RequestError(404, "no_such_route", "No such route", f"See {OPENAPI_PATH}.")
+    methods, params = found
+    route = methods.get(method)
+    if route is None:
+        allowed = ", ".join(route.method for route in methods.values())
+        error = RequestError(
+            405, "method_not_allowed", "Method not allowed", f"Allowed here: {allowed}."
+        )
+        error.headers = {"Allow": allowed}
+        raise error
+    return route, params

@@ -41,6 +41,7 @@ class _ServeCommand(click.Command):
         for variable, (field, purpose) in config.VARIABLES.items():
             default = getattr(_DEFAULTS, field)
             number = f"{default:g}" if isinstance(default, float) else default
+            number = str(default).lower() if isinstance(default, bool) else number
             shown = f"  [default: {number}]" if default != () else ""
             described.append((config.PREFIX + variable, purpose + shown))
         with formatter.section("Environment; options come first"):
@@ -85,6 +86,12 @@ class _ServeCommand(click.Command):
     metavar="VKEY",
     help="The verifier key of each witness, in the same order.",
 )
+@click.option(
+    "--vault-compat",
+    is_flag=True,
+    default=None,
+    help="Serve clients of HashiCorp Vault under /v1, too: KV version 2, mounted at secret/.",
+)
 @click.option("--production", is_flag=True, help="Refuse to start without a strong master key.")
 def serve(
     host: str | None,
@@ -97,6 +104,7 @@ def serve(
     workers: int | None,
     witness: tuple[str, ...],
     witness_key: tuple[str, ...],
+    vault_compat: bool | None,
     production: bool,
 ) -> None:
     """Serve the HTTP API until SIGTERM or SIGINT; what is in flight is finished then.
@@ -114,6 +122,7 @@ def serve(
         workers=workers,
         witnesses=witness or None,
         witness_keys=witness_key or None,
+        vault_compat=vault_compat,
     )
     config.witnesses(settings)
     if production:

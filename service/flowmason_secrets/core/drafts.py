@@ -61,13 +61,16 @@ class IssuedKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a secret is to become. `expires_at` is RFC 3339 with a zone."""
+    """What a secret is to become. `expires_at` is RFC 3339 with a zone; with `nested`, the name may
+    have `/` in it.
+    """
 
     name: str
     value: Plaintext
     description: str = ""
     category: str = "other"
     expires_at: str | None = None
+    nested: bool = False
 
     def check(self) -> float | None:
         """Returns the expiry in seconds since the epoch.
@@ -75,7 +78,10 @@ class Draft:
         Raises:
             InvalidInput: names the field.
         """
-        names.check_new_name(self.name)
+        if self.nested:
+            names.check_new_path(self.name)
+        else:
+            names.check_new_name(self.name)
         size = len(names.check_text("value", self.value.reveal()).encode())
         names.check_text("description", self.description)
         if size > names.MAX_VALUE_BYTES:
@@ -89,19 +95,23 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Precondition:
-    """What a conditional write asks for: absence, or one of some entity tags (`*`: any)."""
+    """What a conditional write asks for: absence, a version, or one of some etags (`*`: any)."""
 
     absent: bool = False
     etags: tuple[str, ...] = ()
+    version: int | None = None
 
     def check(self, name: str, current: SecretRecord | None) -> None:
         """Raises:
         PreconditionFailed: the secret is not as asked for.
         """
         etag = None if current is None else current.metadata.etag
-        met = etag is None if self.absent else etag is not None
-        if met and not self.absent and "*" not in self.etags:
-            met = etag in self.etags
+        if self.absent or current is None:
+            met = self.absent and current is None
+        elif self.version is not None:
+            met = current.metadata.version == self.version
+        else:
+            met = "*" in self.etags or etag in self.etags
         if not met:
             raise errors.PreconditionFailed(name, etag)
 

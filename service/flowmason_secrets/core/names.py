@@ -39,6 +39,25 @@ def check_new_name(name: str) -> str:
     return check_line("name", name)
 
 
+def check_new_path(name: str) -> str:
+    """Return `name` if a secret may be created under it by who uses `/` to order his names.
+
+    Raises:
+        InvalidInput: as `check_new_name`, for what is between two `/`; or over 256 characters.
+    """
+    check_text("name", name)
+    if len(name) > MAX_NAME:
+        raise InvalidInput("name", f"must have 1 to {MAX_NAME} characters, has {len(name)}")
+    if not is_path(name):
+        raise InvalidInput("name", "must not have empty segments, '.' or '..' between its '/'")
+    return check_line("name", name)
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` has no segments that URLs can't carry."""
+    return all(segment not in ("", ".", "..") for segment in name.split("/"))
+
+
 def check_any_name(name: str) -> str:
     """Return `name` if it can be looked up: any text that has a UTF-8 form.
 
