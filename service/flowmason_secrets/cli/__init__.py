@@ -16,6 +16,7 @@ from .keys import keys
 from .log import log
 from .render import render
 from .rotate import rotate_key
+from .run import run
 from .secret import delete_secret, get_secret, list_secrets, metadata, set_secret
 from .serve import serve
 from .status import status
@@ -39,7 +40,7 @@ def cli(verbose: int) -> None:
 
 
 _SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-for command in (*_SECRETS, audit, keys, log, render, rotate_key, serve, status, verify):
+for command in (*_SECRETS, audit, keys, log, render, rotate_key, run, serve, status, verify):
     cli.add_command(command)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
@@ -42,6 +42,10 @@ class LocalTarget:
     async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
         resolved = await self._service.references.resolve(self._caller, document, usage)
         return shapes.resolved_out(resolved)
+
+    async def read(self, names: Sequence[str]) -> dict[str, Plaintext]:
+        found = await self._service.references.read(self._caller, names, Usage())
+        return {one.metadata.name: one.value for one in found}
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         metadata, created, _ = await self._service.set(self._caller, draft, precondition)

@@ -1,7 +1,7 @@
 """The target behind a URL: a server, over HTTP."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import fields
 
 import click
@@ -63,6 +63,10 @@ class RemoteTarget:
 
     async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
         return await self._secrets.resolve_json(document, *usage)
+
+    async def read(self, names: Sequence[str]) -> dict[str, Plaintext]:
+        found = await self._secrets.batch(names)
+        return {name: Plaintext(value) for name, value in found.items()}
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         return _stored(

@@ -109,6 +109,20 @@ def _split(document: str) -> Template:
     return Template((*literals, "".join(text)), tuple(references))
 
 
+def references(text: str) -> Iterator[tuple[str, str | None]]:
+    """A text in pieces, each with the name of the reference behind it, if there is one."""
+    read = 0
+    for reference in _REFERENCE.finditer(text):
+        slashes = len(reference[1])
+        before = text[read : reference.start()] + "\\" * (slashes // 2)
+        if slashes % 2:
+            yield before + reference[0][slashes:], None
+        else:
+            yield before, reference[2].strip(_WHITE)
+        read = reference.end()
+    yield text[read:], None
+
+
 def _pieces(document: str) -> Iterator[tuple[str, str | None]]:
     """Text as it stands in the document, each with the name of the reference behind it, if any."""
     copied = 0
@@ -117,20 +131,11 @@ def _pieces(document: str) -> Iterator[tuple[str, str | None]]:
         if colon is not None or ("{{" not in inside and "\\u" not in inside):
             continue
         content = json.loads(f'"{inside}"')
-        found = list(_REFERENCE.finditer(content))
-        if not found:
+        if not _REFERENCE.search(content):
             continue
         yield document[copied : string.start(1)], None
-        read = 0
-        for reference in found:
-            slashes = len(reference[1])
-            before = content[read : reference.start()] + "\\" * (slashes // 2)
-            if slashes % 2:
-                yield _escaped(before + reference[0][slashes:]), None
-            else:
-                yield _escaped(before), reference[2].strip(_WHITE)
-            read = reference.end()
-        yield _escaped(content[read:]), None
+        for text, name in references(content):
+            yield _escaped(text), name
         copied = string.end(1)
     yield document[copied:], None
 
