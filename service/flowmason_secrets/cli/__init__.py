@@ -12,6 +12,7 @@ from .. import __version__
 from ..core.errors import ConfigurationError, InvalidInput, SecretsError
 from . import output
 from .audit import audit
+from .inject import inject
 from .keys import keys
 from .log import log
 from .render import render
@@ -40,7 +41,7 @@ def cli(verbose: int) -> None:
 
 
 _SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-for command in (*_SECRETS, audit, keys, log, render, rotate_key, run, serve, status, verify):
+for command in (*_SECRETS, audit, inject, keys, log, render, rotate_key, run, serve, status, verify):
     cli.add_command(command)
 
 

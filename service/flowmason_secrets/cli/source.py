@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 
 from ..core.errors import Unresolved, UnresolvedReferences
 from ..core.keyring import Plaintext
-from ..core.template import MAX_SECRETS
 from ..sidecar.source import Listed, Values
 from .target import Filters, Target
 
 # Seconds between two looks at the list, more or less: many sidecars don't look all at once.
 _LOOK = 1.0
+# The largest values, of which every other character is escaped on the way, are not too much.
+_AT_ONCE = 16
 _ALL = Filters()
 
 
@@ -30,9 +31,9 @@ class TargetSource:
     async def read(self, names: Sequence[str]) -> Values:
         values: dict[str, Plaintext] = {}
         failed: list[Unresolved] = []
-        for start in range(0, len(names), MAX_SECRETS):
+        for start in range(0, len(names), _AT_ONCE):
             try:
-                values |= await self._target.read(names[start : start + MAX_SECRETS])
+                values |= await self._target.read(names[start : start + _AT_ONCE])
             except UnresolvedReferences as error:
                 # Whoever has to see to it wants to know all of them at once.
                 failed += error.errors
