@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import pty
 import signal
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -15,29 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmason_secrets import app
-from flowmason_secrets.core.drafts import Draft
-from flowmason_secrets.core.keyring import Plaintext
-from flowmason_secrets.core.ports import AuditQuery
+from flowmason_secrets.core.errors import Denied, LogUnavailable, SecretsError
 from flowmason_secrets.sidecar.masking import Masker
+from flowmason_secrets.sidecar.source import Found, Selection
+from flowmason_secrets.sidecar.watching import Pace, Watcher
 
-from .harness.server import settings_for
-from .test_cli import PROGRAM, Ended, Place, environment, local, run
+from .harness.jumping import jump
+from .harness.server import serving
+from .harness.sidecars import Changing, reads, store, until_read
+from .test_cli import PROGRAM, Ended, Place, environment, local, place, remote, run
+
+__all__ = ["place"]
 
 VALUE = "s3cret-value"
-
-
-async def store(data_dir: Path, secrets: Mapping[str, str], expires_at: str | None = None) -> None:
-    """Set these secrets, as another process on the data directory would."""
-    service = await app.open_service(settings_for(data_dir))
-    try:
-        caller = app.local_caller("acme")
-        drafts = [
-            Draft(name, Plaintext(value), expires_at=expires_at) for name, value in secrets.items()
-        ]
-        await asyncio.gather(*(service.set(caller, draft, None) for draft in drafts))
-    finally:
-        await service.close()
 
 
 async def started(place: Place, *arguments: str, script: str) -> asyncio.subprocess.Process:
@@ -293,14 +284,7 @@ async def test_five_hundred_variables(data_dir: Path) -> None:
         script="import os; print(*(v for n, v in sorted(os.environ.items()) if n[1:].isdigit()))",
     )
     assert ended.out.split() == [f"{VALUE}-{number}" for number in range(500)]
-    service = await app.open_service(settings_for(data_dir))
-    try:
-        query = AuditQuery("acme", action="secret.read", limit=1000)
-        events = await service.audit(app.local_caller("acme"), query)
-        assert {event["name"] for event in events} == {f"S{number:03}" for number in range(500)}
-        assert len(events) == 500
-    finally:
-        await service.close()
+    assert sorted(await reads(data_dir)) == [f"S{number:03}" for number in range(500)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -574,3 +558,233 @@ async def test_in_a_pipeline_it_leaves_the_terminal_to_others(data_dir: Path) ->
     shell.type("typed\n")
     shell.until("head to *** typed\r\n")
     assert shell.wait() == 0
+
+
+# Changes.
+
+PACE = Pace(settle=1.0, longest=60.0)
+
+
+EVERYTHING = Selection(patterns=("*",))
+
+
+async def followed(
+    source: Changing, seconds: float, selection: Selection = EVERYTHING
+) -> list[tuple[float, dict[str, str]]]:
+    """What a watcher of the source finds in this time, and when."""
+    watcher = Watcher(source, selection, PACE)
+    found = [seen(await watcher.begin())]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            # Kept one by one: it ends in the middle.
+            async for change in watcher.changes():
+                found += [seen(change)]
+    return found
+
+
+def seen(found: Found) -> tuple[float, dict[str, str]]:
+    """When it was found, and the values."""
+    values = {name: value.reveal() for name, value in found.values.items()}
+    return asyncio.get_running_loop().time(), values
+
+
+async def at(*steps: tuple[float, Callable[[], None]]) -> None:
+    """Do each step at its time."""
+    clock = asyncio.get_running_loop().time
+    for when, step in steps:
+        await asyncio.sleep(when - clock())
+        step()
+
+
+def test_a_flapping_secret_restarts_it_more_and_more_seldom() -> None:
+    source = Changing(A="0", B="b")
+
+    async def flap() -> list[tuple[float, dict[str, str]]]:
+        steps = [(n / 10, functools.partial(source.set, "A", str(n))) for n in range(1, 3000)]
+        flapping = asyncio.create_task(at(*steps))
+        found = await followed(source, 500)
+        await flapping
+        return found
+
+    found = jump(flap())
+    times = [time for time, _ in found[1:]]
+    pauses = [round(later - earlier, 6) for earlier, later in pairwise(times)]
+    assert 1 <= times[0] <= 1.2
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    # The last of all is never lost.
+    assert found[-1][1] == {"A": "2999", "B": "b"}
+
+
+def test_after_a_calm_time_it_is_as_quick_as_at_first() -> None:
+    source = Changing(A="0")
+
+    async def change() -> list[tuple[float, dict[str, str]]]:
+        times = (10, 11.5, 13, 90)
+        steps = [(time, functools.partial(source.set, "A", str(time))) for time in times]
+        changing = asyncio.create_task(at(*steps))
+        found = await followed(source, 200)
+        await changing
+        return found
+
+    assert [round(time, 6) for time, _ in jump(change())] == [0, 11, 12.5, 14.5, 91]
+
+
+def test_what_is_no_other_value_is_no_change() -> None:
+    source = Changing(A="a", B="b")
+
+    async def change() -> tuple[list[tuple[float, dict[str, str]]], int]:
+        changing = asyncio.create_task(
+            at(
+                (10, source.notice),
+                # The same again.
+                (20, functools.partial(source.set, "A", "a")),
+                # There and back.
+                (30, functools.partial(source.set, "A", "x")),
+                (30.5, functools.partial(source.set, "A", "a")),
+                # Of another one.
+                (40, functools.partial(source.set, "C", "c")),
+            )
+        )
+        found = await followed(source, 100, Selection(("A", "B")))
+        await changing
+        return found, source.reads
+
+    found, count = jump(change())
+    assert found == [(0, {"A": "a", "B": "b"})]
+    # A version that is new has to be read to know.
+    assert count == 3
+
+
+def test_new_and_deleted_secrets_are_changes() -> None:
+    source = Changing(A="a")
+
+    def drop() -> None:
+        del source.secrets["A"]
+        source.notice()
+
+    async def change() -> list[dict[str, str]]:
+        changing = asyncio.create_task(
+            at((10, functools.partial(source.set, "B", "b")), (50, drop))
+        )
+        found = await followed(source, 100)
+        await changing
+        return [values for _, values in found]
+
+    assert jump(change()) == [{"A": "a"}, {"A": "a", "B": "b"}, {"B": "b"}]
+
+
+def test_what_can_not_be_read_anew_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    source = Changing(A="a", B="b")
+
+    def fail(problem: SecretsError | None) -> None:
+        source.problem = problem
+        source.notice()
+
+    async def change() -> tuple[list[dict[str, str]], list[int]]:
+        counts: list[int] = []
+        unavailable, denied = LogUnavailable("the disk is full"), Denied("not for you")
+        changing = asyncio.create_task(
+            at(
+                (5, functools.partial(fail, unavailable)),
+                (5, functools.partial(source.set, "A", "new")),
+                *((when, source.notice) for when in range(7, 15, 2)),
+                (16, lambda: counts.append(source.reads)),
+                (20, functools.partial(fail, denied)),
+                *((when, source.notice) for when in range(22, 30, 2)),
+                (35, lambda: counts.append(source.reads)),
+                (40, functools.partial(fail, None)),
+                (41, functools.partial(source.set, "A", "newer")),
+            )
+        )
+        found = await followed(source, 100, Selection(("A", "B")))
+        await changing
+        return [values for _, values in found], counts
+
+    found, counts = jump(change())
+    assert found == [{"A": "a", "B": "b"}, {"A": "newer", "B": "b"}]
+    # What passes is tried again; what is refused is recorded, and once is enough.
+    assert counts == [1 + 5, 1 + 5 + 1]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert ["disk is full" in messages[0], "not for you" in messages[1]] == [True, True]
+
+
+START = """
+import os, signal, sys
+def end(number, frame):
+    print("asked to end")
+    sys.exit(3)
+signal.signal(signal.SIGTERM, end)
+print("started with", os.environ["A"])
+while True:
+    signal.pause()
+"""
+
+
+async def test_only_another_value_restarts_it(place: Place) -> None:
+    await store(place.data_dir, {"A": "first"})
+    process = await started(place, "--watch", "restart", "--mask", "never", script=START)
+    assert await line(process) == "started with first"
+    await store(place.data_dir, {"A": "first"})
+    await until_read(place.data_dir, 2)
+    await store(place.data_dir, {"A": "second", "B": "b"})
+    assert await line(process) == "asked to end"
+    assert await line(process) == "started with second"
+    process.send_signal(signal.SIGTERM)
+    assert await line(process) == "asked to end"
+    out, err = await process.communicate()
+    assert (process.returncode, out) == (3, b"")
+    assert err.count(b"restarting") == 1
+
+
+async def test_a_program_that_does_not_end_is_replaced(data_dir: Path) -> None:
+    await store(data_dir, {"A": "first"})
+    process = await started(local(data_dir), "--watch", "restart", "--grace=0.2", script=IGNORE)
+    group = int((await line(process)).split()[1])
+    await store(data_dir, {"A": "second"})
+    assert int((await line(process)).split()[1]) != group
+    # The other process of its group is gone before the next one begins.
+    assert not group_lives(group)
+    process.send_signal(signal.SIGTERM)
+    assert await process.wait() == 128 + signal.SIGKILL
+
+
+async def test_it_can_be_told_instead(data_dir: Path) -> None:
+    await store(data_dir, {"A": "first"})
+    process = await started(
+        local(data_dir),
+        *("--watch", "signal:HUP"),
+        script="""
+        import signal, sys
+        signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(9))
+        print("ready")
+        while True:
+            signal.pause()
+        """,
+    )
+    assert await line(process) == "ready"
+    await store(data_dir, {"A": "second"})
+    assert await process.wait() == 9
+
+
+async def test_with_a_server(data_dir: Path) -> None:
+    await store(data_dir, {"app-A": VALUE, "B": "b"})
+    show = "import os; print(os.environ.get('app_A'), os.environ.get('B'))"
+    async with serving(data_dir) as server:
+        limited = await remote(server, data_dir, ("execute",), ("app-*",))
+        reader = await remote(server, data_dir, scopes=("read",))
+        everything, named, other, refused = await asyncio.gather(
+            ran(limited, script=show),
+            ran(limited, "--only", "app-A", script=show),
+            ran(limited, "--only", "B", script=show),
+            ran(reader, script=show),
+        )
+    assert (everything.code, everything.out) == (0, f"{VALUE} None\n")
+    assert named == everything
+    other.failed(77, "'B' (denied)")
+    refused.failed(77, "scope")
+    (await ran(limited, script=show)).failed(69, "can't be reached")
+    limited.variables["FLOWMASON_API_KEY"] = "fm_live_unknown"
+    async with serving(data_dir) as server:
+        wrong = Place(data_dir, ("--url", server.url), limited.variables, "")
+        (await ran(wrong, script=show)).failed(77, "FLOWMASON_API_KEY")
