@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import pty
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmason_secrets.core.errors import Denied, LogUnavailable, SecretsError
+from flowmason_secrets.sidecar.launching import Program
 from flowmason_secrets.sidecar.masking import Masker
 from flowmason_secrets.sidecar.source import Found, Selection
+from flowmason_secrets.sidecar.supervising import Rules, Supervisor
 from flowmason_secrets.sidecar.watching import Pace, Watcher
 
 from .harness.jumping import jump
@@ -425,7 +428,7 @@ async def test_it_notices_that_nobody_reads_any_more(data_dir: Path) -> None:
         env=environment(here.variables),
         stdout=asyncio.subprocess.PIPE,
     )
-    assert await shell.communicate() == (b"y\n", None)
+    assert (await shell.communicate())[0] == b"y\n"
     assert shell.returncode == 128 + signal.SIGPIPE
 
 
@@ -788,3 +791,32 @@ async def test_with_a_server(data_dir: Path) -> None:
     async with serving(data_dir) as server:
         wrong = Place(data_dir, ("--url", server.url), limited.variables, "")
         (await ran(wrong, script=show)).failed(77, "FLOWMASON_API_KEY")
+
+
+async def test_no_value_is_kept_while_the_program_runs(tmp_path: Path) -> None:
+    source = Changing(A=VALUE)
+    watcher = Watcher(source, EVERYTHING, Pace(settle=0.0))
+    started = tmp_path / "started"
+    # Twice: as it is first, and after a change.
+    script = ["sh", "-c", f"echo $A >> {started}; trap 'exit 0' TERM; while :; do sleep 0.01; done"]
+
+    async def programs() -> AsyncIterator[Program]:
+        yield program_of(await watcher.begin())
+        changes = watcher.changes()
+        while True:
+            yield program_of(await anext(changes))
+
+    def program_of(found: Found) -> Program:
+        variables = {name.encode(): value.reveal().encode() for name, value in found.values.items()}
+        return Program(script, {b"PATH": os.environb[b"PATH"], **variables}, "")
+
+    running = asyncio.create_task(Supervisor(Rules(masks=False)).run(programs()))
+    for lines in (1, 2):
+        while not started.exists() or started.read_text().count("\n") < lines:
+            await asyncio.sleep(0.01)
+        gc.collect()
+        assert [kept for kept in gc.get_objects() if isinstance(kept, (Program, Found))] == []
+        source.set("A", "second")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+    assert started.read_text() == f"{VALUE}\nsecond\n"

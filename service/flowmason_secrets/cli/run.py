@@ -1,12 +1,11 @@
 """`flowmason-secrets run`."""
 
 import asyncio
-import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 import click
 
@@ -14,12 +13,12 @@ from .. import config
 from ..core.errors import InvalidInput
 from ..sidecar import environment, launching, supervising
 from ..sidecar.environment import Plan
-from ..sidecar.launching import NotStarted
+from ..sidecar.launching import Program
 from ..sidecar.source import Found, Selection, find
-from ..sidecar.supervising import Program, Rules, Supervisor
+from ..sidecar.supervising import Rules, Supervisor
 from ..sidecar.watching import Watcher
 from . import output
-from .exits import Ended, sysexits
+from .exits import sysexits
 from .files import read_text
 from .source import TargetSource
 from .target import Place, Target
@@ -49,14 +48,11 @@ class Run:
         """
         for name in found.expired:
             output.note(f"Secret {name!r} has expired and is left out.")
-        variables = self.variables(found)
+        alone = filter(self.alone.wants, found.values)
+        variables = self.plan.variables(found.values, alone)
         whole = environment.overlaid(config.for_children(), variables)
         masked = tuple(value.reveal() for value in found.values.values())
-        return Program(list(self.command), whole, masked)
-
-    def variables(self, found: Found) -> dict[str, str]:
-        """The variables of secrets."""
-        return self.plan.variables(found.values, filter(self.alone.wants, found.values))
+        return Program(list(self.command), whole, environment.shares(variables), masked)
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})
@@ -128,58 +124,36 @@ def run(
     everything = ("*",) if not only and env_file is None else ()
     job = Run(command, plan, Selection.of((), (*only, *everything)))
     masks = mask == "always" or (mask == "auto" and watch != "none")
-    if watch == "none" and not (masks and supervising.masked_streams()):
-        _become(job, perform(place, lambda target: _find(target, job.selection)))
+    masks = masks and bool(supervising.masked_streams())
+    if watch == "none" and not masks:
+        program = perform(place, lambda target: _first(target, job))
+        sys.stdout.flush()
+        launching.become(program)
     told = watch.partition(":")[2]
-    rules = Rules(masks, grace, signal.Signals[f"SIG{told}"] if told else None)
+    supervisor = Supervisor(Rules(masks, grace, signal.Signals[f"SIG{told}"] if told else None))
     if watch == "none":
-        found = perform(place, lambda target: _find(target, job.selection))
-        code = asyncio.run(_supervise(job, rules, found))
+        program = perform(place, lambda target: _first(target, job))
+        code = asyncio.run(supervisor.run(_alone(program)))
     else:
-        code = perform(place, lambda target: _watch(target, job, rules))
+        code = perform(place, lambda target: supervisor.run(_programs(target, job)))
     click.get_current_context().exit(code)
 
 
-async def _find(target: Target, selection: Selection) -> Found:
-    return await find(TargetSource(target), selection, listed=False)
+async def _first(target: Target, job: Run) -> Program:
+    return job.program(await find(TargetSource(target), job.selection, listed=False))
 
 
-def _become(job: Run, found: Found) -> NoReturn:
-    program = job.program(found)
-    sys.stdout.flush()
-    with _sizes(job, found):
-        launching.become(program.command, program.environment)
+async def _alone(program: Program) -> AsyncIterator[Program]:
+    yield program
 
 
-async def _watch(target: Target, job: Run, rules: Rules) -> int:
+async def _programs(target: Target, job: Run) -> AsyncIterator[Program]:
+    """The program with what is there now, and with what it is after each change."""
     watcher = Watcher(TargetSource(target), job.selection)
-    return await _supervise(job, rules, await watcher.begin(), watcher.changes())
-
-
-async def _supervise(
-    job: Run, rules: Rules, found: Found, changes: AsyncIterator[Found] | None = None
-) -> int:
-    following = None if changes is None else _programs(job, changes)
-    with _sizes(job, found):
-        return await Supervisor(rules).run(job.program(found), following)
-
-
-async def _programs(job: Run, changes: AsyncIterator[Found]) -> AsyncIterator[Program]:
-    async for found in changes:
+    yield job.program(await watcher.begin())
+    changes = watcher.changes()
+    while True:
         try:
-            yield job.program(found)
+            yield job.program(await anext(changes))
         except InvalidInput as error:
             output.note(f"What has changed can't be used, {job.command[0]} goes on: {error}")
-
-
-@contextlib.contextmanager
-def _sizes(job: Run, found: Found) -> Iterator[None]:
-    """Say what is large if that is what keeps the program from being executed."""
-    try:
-        yield
-    except NotStarted as error:
-        if not error.too_large:
-            raise
-        raise Ended(
-            f"{error}: {environment.too_large(job.variables(found))}.", error.exit_code
-        ) from None

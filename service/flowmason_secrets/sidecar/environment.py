@@ -117,13 +117,12 @@ def overlaid(inherited: Environment, variables: Mapping[str, str]) -> Environmen
     return {**inherited, **added}
 
 
-def too_large(variables: Mapping[str, str]) -> str:
-    """What to say when the system finds the environment too large. Sizes and names, no values."""
+def shares(variables: Mapping[str, str]) -> str:
+    """What the variables take of the room for an environment: sizes and names, no values."""
     sizes = sorted(((len(value.encode()), name) for name, value in variables.items()), reverse=True)
     largest = ", ".join(f"{name} ({size} bytes)" for size, name in sizes[:3])
     total = sum(size for size, _ in sizes)
     return (
-        f"the environment and the arguments are too large for this system: {len(sizes)} variables "
-        f"of secrets have {total} bytes; the largest are {largest or 'none'}. Take fewer with "
-        "--only, or write them into a file with 'inject'"
+        f"{len(sizes)} variables of secrets have {total} bytes; the largest are "
+        f"{largest or 'none'}. Take fewer with --only, or write them into a file with 'inject'"
     )

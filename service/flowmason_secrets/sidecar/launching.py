@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 from .environment import Environment
@@ -16,19 +17,30 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 _RESTORED = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command with the environment that it gets, of which `shares` says what takes the room; and
+    the values that are not to be seen in its output where that is masked.
+    """
+
+    command: list[str]
+    environment: Environment = field(repr=False)
+    shares: str
+    masked: tuple[str, ...] = field(default=(), repr=False)
+
+
 class NotStarted(Exception):
     """The program could not be started. `exit_code` is what a shell would end with."""
 
-    def __init__(self, command: str, error: OSError) -> None:
+    def __init__(self, program: Program, error: OSError) -> None:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        super().__init__(
-            f"{command!r} can't be executed: {os.strerror(error.errno or errno.ENOENT)}"
-        )
+        large = f": {program.shares}" if error.errno == errno.E2BIG else ""
+        reason = os.strerror(error.errno or errno.ENOENT)
+        super().__init__(f"{program.command[0]!r} can't be executed: {reason}{large}")
         self.exit_code = NOT_FOUND if missing else NOT_EXECUTABLE
-        self.too_large = error.errno == errno.E2BIG
 
 
-def become(command: list[str], environment: Environment) -> NoReturn:
+def become(program: Program) -> NoReturn:
     """Be this program from now on, in this process.
 
     Raises:
@@ -36,11 +48,12 @@ def become(command: list[str], environment: Environment) -> NoReturn:
     """
     for number in _RESTORED:
         signal.signal(number, signal.SIG_DFL)
-    _first(command, environment, lambda path: os.execve(path, command, environment))  # noqa: S606 - that is the point
+    command, environment = program.command, program.environment
+    _first(program, lambda path: os.execve(path, command, environment))  # noqa: S606 - as it says
     raise AssertionError("execve returned")
 
 
-def start(command: list[str], environment: Environment, streams: Mapping[int, int]) -> int:
+def start(program: Program, streams: Mapping[int, int]) -> int:
     """Start a program in a process group of its own and return its pid, which names the group too.
     `streams` has the descriptors that it gets, by their numbers there.
 
@@ -49,18 +62,22 @@ def start(command: list[str], environment: Environment, streams: Mapping[int, in
     """
     actions = [(os.POSIX_SPAWN_DUP2, ours, there) for there, ours in streams.items()]
     return _first(
-        command,
-        environment,
+        program,
         lambda path: os.posix_spawn(
-            path, command, environment, file_actions=actions, setpgroup=0, setsigdef=_RESTORED
+            path,
+            program.command,
+            program.environment,
+            file_actions=actions,
+            setpgroup=0,
+            setsigdef=_RESTORED,
         ),
     )
 
 
-def _first(command: list[str], environment: Environment, run: Callable[[bytes], T]) -> T:
+def _first(program: Program, run: Callable[[bytes], T]) -> T:
     """Run the first program of this name in the PATH of the program's own environment."""
     problem: OSError = FileNotFoundError(errno.ENOENT, "")
-    for path in _candidates(command[0], environment):
+    for path in _candidates(program.command[0], program.environment):
         try:
             return run(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +86,7 @@ def _first(command: list[str], environment: Environment, run: Callable[[bytes], 
             problem = error
             if error.errno != errno.EACCES:
                 break
-    raise NotStarted(command[0], problem)
+    raise NotStarted(program, problem) from None
 
 
 def _candidates(command: str, environment: Environment) -> list[bytes]:

@@ -11,12 +11,12 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
 from . import launching
-from .environment import Environment
+from .launching import Program
 from .masking import Masker
 from .piping import Pump
 from .terminal import Terminal
@@ -29,17 +29,6 @@ _TO_GROUP = (*_ENDING, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
 _TO_PROGRAM = (signal.SIGUSR1, signal.SIGUSR2)
 # Seconds between two looks whether a group, of which not all are our children, is gone.
 _LOOK = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """A command with the environment that it gets, and the values that it must not print into
-    streams that are masked.
-    """
-
-    command: list[str]
-    environment: Environment = field(repr=False)
-    masked: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,35 +74,41 @@ class Supervisor:
         # When whatever is left of the group is killed, in the time of the loop.
         self._deadline: float | None = None
 
-    async def run(self, program: Program, changes: AsyncIterator[Program] | None) -> int:
-        """Run it until it ends by itself, or because a signal was passed on; returns the exit code:
-        its own, or 128 and the number of the signal that ended it.
+    async def run(self, programs: AsyncIterator[Program]) -> int:
+        """Run the first one until it ends by itself, or because a signal was passed on; the others
+        are what it is to be after a change. Returns the exit code: its own, or 128 and the number
+        of the signal that ended it.
+
+        Nothing is kept of a program that runs but what its masker needs.
 
         Raises:
             NotStarted: it can't be executed.
+            SecretsError: as `programs` has it, for the first one.
         """
+        self._next = await anext(programs)
         with _Signals(self._events.put_nowait):
-            self._start(program)
-            watcher = asyncio.create_task(self._watch(changes))
+            self._start()
+            watcher = asyncio.create_task(self._watch(programs))
             try:
                 while True:
                     code = await self._live()
                     if self._next is None:
                         return code if code >= 0 else 128 - code
                     await self._clear()
-                    self._start(self._next)
+                    self._start()
             finally:
                 watcher.cancel()
                 await asyncio.wait([watcher])
                 self._terminal.close()
 
-    def _start(self, program: Program) -> None:
-        self._next, self._deadline = None, None
+    def _start(self) -> None:
+        program, self._next, self._deadline = self._next, None, None
+        assert program is not None  # noqa: S101 - whoever calls this has seen it
         masked = masked_streams() if self._rules.masks else ()
         pumps = {number: Pump(number, Masker(program.masked)) for number in masked}
         sys.stdout.flush()
         streams = {number: pump.entrance for number, pump in pumps.items()}
-        self._pid = launching.start(program.command, program.environment, streams)
+        self._pid = launching.start(program, streams)
         self._pumps = list(pumps.values())
         for pump in self._pumps:
             pump.begin()
@@ -123,19 +118,23 @@ class Supervisor:
 
     async def _live(self) -> int:
         """Handle whatever comes until the program is dead; returns its code."""
-        while True:
-            event = await self._event()
-            match event:
-                case _Death(code):
-                    self._terminal.take(self._pid)
-                    await self._drain()
-                    return code
-                case _Stop(number):
-                    self._stopped(number)
-                case Program():
-                    self._changed(event)
-                case int():
-                    self._signalled(event)
+        while (code := self._handle(await self._event())) is None:
+            pass
+        self._terminal.take(self._pid)
+        await self._drain()
+        return code
+
+    def _handle(self, event: "int | Program | _Death | _Stop") -> int | None:
+        match event:
+            case _Death(code):
+                return code
+            case _Stop(number):
+                self._stopped(number)
+            case Program():
+                self._changed(event)
+            case int():
+                self._signalled(event)
+        return None
 
     async def _event(self) -> "int | Program | _Death | _Stop":
         while True:
@@ -239,11 +238,10 @@ class Supervisor:
             return False
         return True
 
-    async def _watch(self, changes: AsyncIterator[Program] | None) -> None:
-        if changes is None:
-            return
-        async for program in changes:
-            self._events.put_nowait(program)
+    async def _watch(self, programs: AsyncIterator[Program]) -> None:
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                self._events.put_nowait(await anext(programs))
 
 
 class _Signals:

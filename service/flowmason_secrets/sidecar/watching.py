@@ -73,6 +73,8 @@ class Watcher:
                 if found is not None:
                     pause, last = self._pace.pause(pause, clock() - last), clock()
                     yield found
+                # The values are not ours to keep.
+                del found
         finally:
             listener.cancel()
             await asyncio.wait([listener])
