@@ -63,14 +63,14 @@ def test_texts(case: str) -> None:
         "R": Plaintext("{{secrets.A}}\\{{secrets.A}}"),
         "Q": Plaintext('a"b\\c\n\x00'),
     }
-    found = text.parse(template).fill(values).reveal()
+    found = text.parse(Plaintext(template)).fill(values).reveal()
     assert found == (template if expected is None else expected)
 
 
 def test_texts_have_a_size() -> None:
     with pytest.raises(InvalidInput, match="at most 524288 bytes"):
-        text.parse("ü" * (1 << 18) + "x")
-    many = text.parse("{{secrets.A}}" * 30000)
+        text.parse(Plaintext("ü" * (1 << 18) + "x"))
+    many = text.parse(Plaintext("{{secrets.A}}" * 30000))
     assert many.names == ("A",)
     with pytest.raises(InvalidInput, match="2097152"):
         many.fill({"A": Plaintext("x" * 65536)})

@@ -7,6 +7,7 @@ import gc
 import os
 import pty
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -419,6 +420,26 @@ async def test_output_is_masked_and_passed_on_as_it_comes(data_dir: Path) -> Non
     assert process.returncode == 0
 
 
+def test_what_was_printed_before_the_end_is_not_lost(data_dir: Path) -> None:
+    asyncio.run(store(data_dir, {"A": VALUE}))
+    here = local(data_dir)
+    script = "import os; os.write(1, b'%7d' % os.getpid() + b'x' * 150000)"
+    process = subprocess.Popen(
+        (*PROGRAM, "run", *here.options, "--mask=always", "--", sys.executable, "-c", script),
+        env=environment(here.variables),
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.read(7) or "")
+    # It is dead before most of what it has printed is taken.
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(pid, 0)
+    assert len(process.communicate()[0]) == 150000
+    assert process.returncode == 0
+
+
 async def test_it_notices_that_nobody_reads_any_more(data_dir: Path) -> None:
     await store(data_dir, {"A": VALUE})
     here = local(data_dir)
@@ -740,16 +761,25 @@ async def test_only_another_value_restarts_it(place: Place) -> None:
     assert err.count(b"restarting") == 1
 
 
-async def test_a_program_that_does_not_end_is_replaced(data_dir: Path) -> None:
+# It ends at once; what it began does not.
+LEAVE = IGNORE.replace(
+    'print("ready"', 'signal.signal(signal.SIGTERM, signal.SIG_DFL)\nprint("ready"'
+)
+
+
+@pytest.mark.parametrize(("script", "code"), [(IGNORE, 137), (LEAVE, 143)])
+async def test_a_program_that_does_not_end_is_replaced(
+    data_dir: Path, script: str, code: int
+) -> None:
     await store(data_dir, {"A": "first"})
-    process = await started(local(data_dir), "--watch", "restart", "--grace=0.2", script=IGNORE)
+    process = await started(local(data_dir), "--watch", "restart", "--grace=0.2", script=script)
     group = int((await line(process)).split()[1])
     await store(data_dir, {"A": "second"})
     assert int((await line(process)).split()[1]) != group
     # The other process of its group is gone before the next one begins.
     assert not group_lives(group)
     process.send_signal(signal.SIGTERM)
-    assert await process.wait() == 128 + signal.SIGKILL
+    assert await process.wait() == code
 
 
 async def test_it_can_be_told_instead(data_dir: Path) -> None:

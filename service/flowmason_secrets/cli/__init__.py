@@ -41,7 +41,8 @@ def cli(verbose: int) -> None:
 
 
 _SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-for command in (*_SECRETS, audit, inject, keys, log, render, rotate_key, run, serve, status, verify):
+_PROGRAMS = (inject, render, run)
+for command in (*_SECRETS, *_PROGRAMS, audit, keys, log, rotate_key, serve, status, verify):
     cli.add_command(command)
 
 

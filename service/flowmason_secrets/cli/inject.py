@@ -83,7 +83,7 @@ def inject(
     means just that text; values are never read again. The exit codes are those of 'run', or of
     --exec with --once.
     """
-    parsed = text.parse(read_text(template, "template").reveal())
+    parsed = text.parse(read_text(template, "template"))
     injection = Injection(parsed, Output(out.absolute(), mode), after)
     try:
         injection.file.check()

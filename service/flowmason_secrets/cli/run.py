@@ -118,7 +118,7 @@ def run(
     and 127 if CMD can't be executed.
     """
     assignments = (
-        () if env_file is None else environment.parse_file(read_text(env_file, "env-file").reveal())
+        () if env_file is None else environment.parse_file(read_text(env_file, "env-file"))
     )
     plan = Plan(assignments, prefix)
     everything = ("*",) if not only and env_file is None else ()

@@ -56,7 +56,7 @@ class Template:
     def _size(self, values: Mapping[str, Plaintext]) -> int:
         counts = Counter(self.references).items()
         filled = sum(count * json_size(values[name]) for name, count in counts)
-        return filled + sum(map(_utf8_size, self.literals))
+        return filled + sum(map(utf8_size, self.literals))
 
     def _filled(self, values: Mapping[str, Plaintext]) -> Iterator[str]:
         inside = {name: _escaped(values[name].reveal()) for name in self.names}
@@ -72,7 +72,7 @@ def parse(document: Plaintext) -> Template:
     Raises:
         InvalidInput: not JSON, nested too deeply, over 512 KiB, or of more than 100 secrets.
     """
-    if _utf8_size(document.reveal()) > MAX_DOCUMENT:
+    if utf8_size(document.reveal()) > MAX_DOCUMENT:
         raise InvalidInput("document", f"must have at most {MAX_DOCUMENT} bytes")
     _check_json(document)
     template = _split(document.reveal())
@@ -83,7 +83,7 @@ def parse(document: Plaintext) -> Template:
 
 def json_size(value: Plaintext) -> int:
     """How many bytes a value has between the quotes of a JSON string."""
-    return _utf8_size(_escaped(value.reveal()))
+    return utf8_size(_escaped(value.reveal()))
 
 
 def check_result(size: int) -> None:
@@ -146,7 +146,7 @@ def _escaped(text: str) -> str:
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", inside)
 
 
-def _utf8_size(text: str) -> int:
+def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 

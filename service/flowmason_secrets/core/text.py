@@ -1,7 +1,7 @@
 """References to secrets in plain text: `{{secrets.NAME}}`, written as in `core.template`."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from .errors import InvalidInput
 from .keyring import Plaintext
@@ -12,7 +12,7 @@ from .template import MAX_DOCUMENT, check_result, references, utf8_size
 class TextTemplate:
     """A text in pieces, each with the name of the reference behind it, if there is one."""
 
-    pieces: tuple[tuple[str, str | None], ...]
+    pieces: tuple[tuple[str, str | None], ...] = field(repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -25,22 +25,23 @@ class TextTemplate:
         Raises:
             InvalidInput: it would be larger than 2 MiB; nothing of that size was made.
         """
-        size = 0
-        parts: list[str] = []
+        # No variable here holds a value: tracebacks show variables.
+        check_result(sum(map(utf8_size, self._filled(values))))
+        return Plaintext("".join(self._filled(values)))
+
+    def _filled(self, values: Mapping[str, Plaintext]) -> Iterator[str]:
         for text, name in self.pieces:
-            value = "" if name is None else values[name].reveal()
-            size += utf8_size(text) + utf8_size(value)
-            parts += (text, value)
-            check_result(size)
-        return Plaintext("".join(parts))
+            yield text
+            if name is not None:
+                yield values[name].reveal()
 
 
-def parse(text: str) -> TextTemplate:
+def parse(template: Plaintext) -> TextTemplate:
     """Find the references of a text. Everything else in it is copied.
 
     Raises:
         InvalidInput: over 512 KiB.
     """
-    if utf8_size(text) > MAX_DOCUMENT:
+    if utf8_size(template.reveal()) > MAX_DOCUMENT:
         raise InvalidInput("template", f"must have at most {MAX_DOCUMENT} bytes")
-    return TextTemplate(tuple(references(text)))
+    return TextTemplate(tuple(references(template.reveal())))

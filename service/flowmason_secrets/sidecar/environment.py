@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..core import text
 from ..core.errors import InvalidInput
+from ..core.keyring import Plaintext
 from ..core.text import TextTemplate
 from .source import Values
 
@@ -87,7 +88,7 @@ def variable_of(name: str, prefix: str) -> str:
     return variable
 
 
-def parse_file(content: str) -> tuple[Assignment, ...]:
+def parse_file(content: Plaintext) -> tuple[Assignment, ...]:
     """The lines `NAME=text` of an environment file, in which `{{secrets.NAME}}` is a reference.
     Empty lines and those that begin with '#' say nothing; one pair of quotes around the text is
     taken off. Nothing else is special.
@@ -96,7 +97,7 @@ def parse_file(content: str) -> tuple[Assignment, ...]:
         InvalidInput: says which line is not such.
     """
     found: dict[str, Assignment] = {}
-    for number, line in enumerate(content.split("\n"), 1):
+    for number, line in enumerate(content.reveal().split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -107,7 +108,7 @@ def parse_file(content: str) -> tuple[Assignment, ...]:
             raise InvalidInput("env-file", f"line {number} sets {variable} once more")
         if len(written) >= 2 and written[0] == written[-1] and written[0] in "'\"":
             written = written[1:-1]
-        found[variable] = Assignment(variable, text.parse(written))
+        found[variable] = Assignment(variable, text.parse(Plaintext(written)))
     return tuple(found.values())
 
 
