@@ -145,14 +145,19 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("case", PLACES)
-async def test_open_places_are_refused(case: str, data_dir: Path, private: Path) -> None:
+async def test_open_places_are_refused(data_dir: Path, tmp_path: Path) -> None:
     await store(data_dir, {"A": VALUE})
-    arguments = prepared(private, case)
-    code, words = PLACES[case]
-    before = {path.name: path.lstat().st_ino for path in private.iterdir()}
-    (await inject(data_dir, *arguments)).failed(code, words)
-    assert {path.name: path.lstat().st_ino for path in private.iterdir()} == before
+
+    async def refused(case: str) -> None:
+        directory = tmp_path / case
+        directory.mkdir(mode=0o700)
+        arguments = prepared(directory, case)
+        code, words = PLACES[case]
+        before = {path.name: path.lstat().st_ino for path in directory.iterdir()}
+        (await inject(data_dir, *arguments)).failed(code, words)
+        assert {path.name: path.lstat().st_ino for path in directory.iterdir()} == before
+
+    await asyncio.gather(*map(refused, PLACES))
     # Nothing was even read.
     assert await reads(data_dir) == []
 

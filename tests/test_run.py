@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
@@ -35,10 +36,12 @@ __all__ = ["place"]
 VALUE = "s3cret-value"
 
 
-async def started(place: Place, *arguments: str, script: str) -> asyncio.subprocess.Process:
-    """A run of a Python script, with pipes."""
+async def started(
+    place: Place, *arguments: str, script: str, below: tuple[str, ...] = ()
+) -> asyncio.subprocess.Process:
+    """A run of a Python script, with pipes; `below` comes before it."""
     return await asyncio.create_subprocess_exec(
-        *(*PROGRAM, "run", *place.options, *arguments, "--"),
+        *(*below, *PROGRAM, "run", *place.options, *arguments, "--"),
         *(sys.executable, "-c", textwrap.dedent(script)),
         env=environment(place.variables | {"PYTHONUNBUFFERED": "1"}),
         stdin=asyncio.subprocess.PIPE,
@@ -241,18 +244,19 @@ REFUSED: dict[str, tuple[dict[str, str], tuple[str, ...], str, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-async def test_what_makes_no_environment_is_refused(
-    case: str, data_dir: Path, tmp_path: Path
-) -> None:
-    secrets, arguments, template, code, words = REFUSED[case]
-    await store(data_dir, secrets)
-    if template:
-        (tmp_path / "template").write_text(template)
-        arguments = (*arguments, "--env-file", str(tmp_path / "template"))
-    ended = await ran(local(data_dir), *arguments, script="print('ran')")
-    ended.failed(code, words)
-    assert VALUE not in ended.err
+async def test_what_makes_no_environment_is_refused(tmp_path: Path) -> None:
+    async def refused(case: str) -> None:
+        secrets, arguments, template, code, words = REFUSED[case]
+        directory = tmp_path / case
+        await store(directory / "secrets", secrets)
+        if template:
+            (directory / "template").write_text(template)
+            arguments = (*arguments, "--env-file", str(directory / "template"))
+        ended = await ran(local(directory / "secrets"), *arguments, script="print('ran')")
+        ended.failed(code, words)
+        assert VALUE not in ended.err
+
+    await asyncio.gather(*map(refused, REFUSED))
 
 
 @pytest.mark.parametrize("mask", ["never", "always"])
@@ -296,7 +300,8 @@ async def test_five_hundred_variables(data_dir: Path) -> None:
 async def test_no_value_is_in_the_arguments_of_a_process(
     data_dir: Path, arguments: tuple[str, ...]
 ) -> None:
-    await store(data_dir, {"A": VALUE})
+    # Other tests may be running.
+    await store(data_dir, {"A": f"{VALUE}-{uuid4()}"})
     process = await started(
         local(data_dir),
         *arguments,
@@ -321,11 +326,14 @@ async def test_no_value_is_in_the_arguments_of_a_process(
 # Looking after the program.
 
 
-@pytest.mark.parametrize("code", [0, 1, 42, 255])
-async def test_its_exit_code_is_ours(data_dir: Path, code: int) -> None:
+async def test_its_exit_code_is_ours(data_dir: Path) -> None:
     await store(data_dir, {"A": VALUE})
-    ended = await ran(local(data_dir), "--mask", "always", script=f"import sys; sys.exit({code})")
-    assert ended == (code, "", "")
+
+    async def ends_with(code: int) -> None:
+        script = f"import sys; sys.exit({code})"
+        assert await ran(local(data_dir), "--mask", "always", script=script) == (code, "", "")
+
+    await asyncio.gather(*map(ends_with, (0, 1, 42, 255)))
 
 
 COUNT = """
@@ -767,12 +775,24 @@ LEAVE = IGNORE.replace(
 )
 
 
+# As the first process of a container, it is given whatever the dead leave behind.
+FIRST_PROCESS = (
+    *(sys.executable, "-c"),
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1); os.execv(sys.argv[1], sys.argv[1:])",
+)
+
+
+@pytest.mark.parametrize("below", [(), FIRST_PROCESS], ids=["child", "first process"])
 @pytest.mark.parametrize(("script", "code"), [(IGNORE, 137), (LEAVE, 143)])
 async def test_a_program_that_does_not_end_is_replaced(
-    data_dir: Path, script: str, code: int
+    data_dir: Path, script: str, code: int, below: tuple[str, ...]
 ) -> None:
+    if below and sys.platform != "linux":
+        pytest.skip("a system call of Linux")
     await store(data_dir, {"A": "first"})
-    process = await started(local(data_dir), "--watch", "restart", "--grace=0.2", script=script)
+    process = await started(
+        local(data_dir), "--watch", "restart", "--grace=0.2", script=script, below=below
+    )
     group = int((await line(process)).split()[1])
     await store(data_dir, {"A": "second"})
     assert int((await line(process)).split()[1]) != group

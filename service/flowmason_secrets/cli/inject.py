@@ -49,7 +49,12 @@ class Injection:
         process = await asyncio.create_subprocess_exec(
             *("/bin/sh", "-c", self.after), env=config.for_children()
         )
-        code = await process.wait()
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            # What has begun is not cut off in the middle.
+            await process.wait()
+            raise
         return code if code >= 0 else 128 - code
 
 

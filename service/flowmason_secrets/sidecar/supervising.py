@@ -148,9 +148,8 @@ class Supervisor:
                 continue
             if event != signal.SIGCHLD:
                 return event
-            # It says nothing about whom, nor how often.
-            pid, status = os.waitpid(self._pid, os.WNOHANG | os.WUNTRACED)  # noqa: ASYNC222
-            if pid:
+            status = self._bury()
+            if status is not None:
                 if os.WIFSTOPPED(status):
                     return _Stop(os.WSTOPSIG(status))
                 return _Death(os.waitstatus_to_exitcode(status))
@@ -223,9 +222,23 @@ class Supervisor:
         """Wait until nothing is left of the group, and kill it at the deadline."""
         loop = asyncio.get_running_loop()
         while self._tell(0):
+            self._bury()
             if self._deadline is not None and loop.time() >= self._deadline:
                 self._tell(signal.SIGKILL)
             await asyncio.sleep(_LOOK)
+
+    def _bury(self) -> int | None:
+        """Ask what has become of our children; returns the program's status if it is another one.
+
+        Not of the program alone: the first process of a container is also given what the dead
+        leave behind.
+        """
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+                if pid in (0, self._pid):
+                    return status if pid else None
+        return None
 
     def _tell(self, number: int) -> bool:
         """Send a signal to the group; False if there is nobody left."""
