@@ -820,6 +820,31 @@ async def test_it_can_be_told_instead(data_dir: Path) -> None:
     assert await process.wait() == 9
 
 
+async def test_it_waits_for_its_server(data_dir: Path) -> None:
+    await store(data_dir, {"A": "first"})
+    async with serving(data_dir) as server:
+        there = await remote(server, data_dir)
+        process = await started(there, "--watch", "restart", "--mask", "never", script=START)
+        assert await line(process) == "started with first"
+    await store(data_dir, {"A": "second"})
+    async with serving(data_dir, f"--port={server.url.rpartition(':')[2]}"):
+        assert await line(process) == "asked to end"
+        assert await line(process) == "started with second"
+        # An API key that is revoked ends only the watching.
+        await revoke_keys(data_dir)
+        assert process.stderr is not None
+        await process.stderr.readuntil(b"changes are no longer noticed: ")
+    process.send_signal(signal.SIGTERM)
+    assert await process.wait() == 3
+
+
+async def revoke_keys(data_dir: Path) -> None:
+    """Revoke all API keys."""
+    here = local(data_dir)
+    for key in (await here.run("keys", "list", "--json")).json:
+        await here.run("keys", "revoke", key["id"])
+
+
 async def test_with_a_server(data_dir: Path) -> None:
     await store(data_dir, {"app-A": VALUE, "B": "b"})
     show = "import os; print(os.environ.get('app_A'), os.environ.get('B'))"

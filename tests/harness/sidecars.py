@@ -9,7 +9,7 @@ from flowmason_secrets.core.drafts import Draft
 from flowmason_secrets.core.errors import SecretsError, Unresolved, UnresolvedReferences
 from flowmason_secrets.core.keyring import Plaintext
 from flowmason_secrets.core.ports import AuditQuery
-from flowmason_secrets.sidecar.source import Listed, Values
+from flowmason_secrets.sidecar.source import Listed, Selection, Values
 
 from .server import settings_for
 
@@ -74,7 +74,8 @@ class Changing:
             raise UnresolvedReferences(missing, len(names))
         return {name: Plaintext(self.secrets[name][0]) for name in names}
 
-    async def notices(self) -> AsyncIterator[None]:
+    async def notices(self, selection: Selection) -> AsyncIterator[None]:
+        yield
         while True:
             await self._notices.get()
             yield

@@ -54,6 +54,11 @@ def sysexits(command: Callable[..., None]) -> Callable[..., None]:
             raise Ended(f"{error}.", error.exit_code) from None
         except SecretsError as error:
             raise Ended(str(error), code_of(error)) from None
+        except click.ClickException as error:
+            # What the target says instead has the names that the command line has for things.
+            if not isinstance(error.__context__, SecretsError) or error.exit_code != 1:
+                raise
+            raise Ended(error.message, code_of(error.__context__)) from None
 
     return wrapped
 

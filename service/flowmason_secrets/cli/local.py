@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -19,6 +20,8 @@ from ..service import Service
 from . import progress
 from .target import Filters, OrganisationEntry, Stored
 
+# Seconds between two looks at what may have changed, more or less.
+_LOOK = 1.0
 # "All of them" of a listing.
 _UNLIMITED = 1 << 62
 
@@ -46,6 +49,12 @@ class LocalTarget:
     async def read(self, names: Sequence[str]) -> dict[str, Plaintext]:
         found = await self._service.references.read(self._caller, names, Usage())
         return {one.metadata.name: one.value for one in found}
+
+    async def changed(self) -> AsyncIterator[str | None]:
+        while True:
+            yield None
+            # Many of us don't look all at once.
+            await asyncio.sleep(_LOOK * random.uniform(0.75, 1.25))
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         metadata, created, _ = await self._service.set(self._caller, draft, precondition)

@@ -1,16 +1,12 @@
 """The values of a target, as sidecars want them."""
 
-import asyncio
-import random
 from collections.abc import AsyncIterator, Sequence
 
 from ..core.errors import Unresolved, UnresolvedReferences
 from ..core.keyring import Plaintext
-from ..sidecar.source import Listed, Values
+from ..sidecar.source import Listed, Selection, Values
 from .target import Filters, Target
 
-# Seconds between two looks at the list, more or less: many sidecars don't look all at once.
-_LOOK = 1.0
 # The largest values, of which every other character is escaped on the way, are not too much.
 _AT_ONCE = 16
 _ALL = Filters()
@@ -41,7 +37,7 @@ class TargetSource:
             raise UnresolvedReferences(failed, len(names))
         return values
 
-    async def notices(self) -> AsyncIterator[None]:
-        while True:
-            yield
-            await asyncio.sleep(_LOOK * random.uniform(0.75, 1.25))
+    async def notices(self, selection: Selection) -> AsyncIterator[None]:
+        async for name in self._target.changed():
+            if name is None or selection.wants(name):
+                yield

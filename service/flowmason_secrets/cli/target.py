@@ -52,6 +52,11 @@ class Target(Protocol):
     async def read(self, names: Sequence[str]) -> dict[str, Plaintext]:
         """The values of at most 100 secrets, all or none; these reads are in the event log."""
 
+    def changed(self) -> AsyncIterator[str | None]:
+        """Says which secret was created or updated, soon after it, without an end; None means that
+        it may be any. The first one is None: from then on, nothing is missed.
+        """
+
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         """Create the secret, or replace all of it."""
 

@@ -37,8 +37,9 @@ class Source(Protocol):
             SecretsError: they can't be read now.
         """
 
-    def notices(self) -> AsyncIterator[None]:
-        """Says, again and again, that something may have changed; of every change, soon after it.
+    def notices(self, selection: "Selection") -> AsyncIterator[None]:
+        """Says that something of this may have changed, soon after every change of a value, without
+        an end. Once the first one is there, none is missed.
 
         Raises:
             SecretsError: it will not be found out.

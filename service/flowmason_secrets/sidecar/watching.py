@@ -1,6 +1,7 @@
 """Changes of secrets: only real ones, and not too many."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import secrets
@@ -21,11 +22,13 @@ class Pace:
     """How soon after a change something is done about it. Times in seconds.
 
     `settle` is for what is changed together. Between two changes there is at least a pause, which
-    doubles up to `longest` while they come faster than in twice its time.
+    doubles up to `longest` while they come faster than in twice its time. Without a notice, there
+    is a look every `look`: secrets expire, and are deleted.
     """
 
     settle: float = 1.0
     longest: float = 60.0
+    look: float = 60.0
 
     def pause(self, before: float, calm: float) -> float:
         """The next pause, after one of `before` and so much time since the last change."""
@@ -52,6 +55,8 @@ class Watcher:
         Raises:
             SecretsError: as `find`.
         """
+        self._notices = self._source.notices(self._selection)
+        await anext(self._notices)
         found = await find(self._source, self._selection)
         self._versions, self._digest = found.versions, self._hmac(found.values)
         return found
@@ -66,7 +71,9 @@ class Watcher:
         last, pause = clock() - self._pace.settle, self._pace.settle
         try:
             while True:
-                await dirty.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._pace.look):
+                        await dirty.wait()
                 await asyncio.sleep(max(self._pace.settle, last + pause - clock()))
                 dirty.clear()
                 found = await self._look()
@@ -81,7 +88,7 @@ class Watcher:
 
     async def _listen(self, dirty: asyncio.Event) -> None:
         try:
-            async for _ in self._source.notices():
+            async for _ in self._notices:
                 dirty.set()
         except SecretsError as error:
             _log.error("changes are no longer noticed: %s", error)
