@@ -391,6 +391,23 @@ async def test_what_ignores_sigterm_is_killed_after_its_grace(data_dir: Path) ->
         await asyncio.sleep(0.01)
 
 
+async def test_what_is_stopped_is_ended_too(data_dir: Path) -> None:
+    await store(data_dir, {"A": VALUE})
+    process = await started(
+        local(data_dir),
+        *("--mask", "always"),
+        script="import os, signal; print(os.getpid()); os.kill(os.getpid(), signal.SIGSTOP)",
+    )
+    pid = await line(process)
+    while (
+        "T"
+        not in subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True).stdout.decode()
+    ):
+        await asyncio.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert await process.wait() == 128 + signal.SIGTERM
+
+
 def group_lives(group: int) -> bool:
     """Whether a process of the group is running, and not just waiting to be buried."""
     with contextlib.suppress(ProcessLookupError):
@@ -620,7 +637,7 @@ def seen(found: Found) -> tuple[float, dict[str, str]]:
     return asyncio.get_running_loop().time(), values
 
 
-async def at(*steps: tuple[float, Callable[[], None]]) -> None:
+async def at(*steps: tuple[float, Callable[[], object]]) -> None:
     """Do each step at its time."""
     clock = asyncio.get_running_loop().time
     for when, step in steps:
@@ -690,19 +707,17 @@ def test_what_is_no_other_value_is_no_change() -> None:
 def test_new_and_deleted_secrets_are_changes() -> None:
     source = Changing(A="a")
 
-    def drop() -> None:
-        del source.secrets["A"]
-        source.notice()
-
-    async def change() -> list[dict[str, str]]:
+    async def change() -> list[tuple[float, dict[str, str]]]:
+        # Of the second one there is no notice.
+        drop = functools.partial(source.secrets.pop, "A")
         changing = asyncio.create_task(
             at((10, functools.partial(source.set, "B", "b")), (50, drop))
         )
-        found = await followed(source, 100)
+        found = await followed(source, 200)
         await changing
-        return [values for _, values in found]
+        return found
 
-    assert jump(change()) == [{"A": "a"}, {"A": "a", "B": "b"}, {"B": "b"}]
+    assert jump(change()) == [(0, {"A": "a"}), (11, {"A": "a", "B": "b"}), (72, {"B": "b"})]
 
 
 def test_what_can_not_be_read_anew_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
@@ -826,6 +841,9 @@ async def test_it_waits_for_its_server(data_dir: Path) -> None:
         there = await remote(server, data_dir)
         process = await started(there, "--watch", "restart", "--mask", "never", script=START)
         assert await line(process) == "started with first"
+        await store(data_dir, {"A": "between"})
+        assert await line(process) == "asked to end"
+        assert await line(process) == "started with between"
     await store(data_dir, {"A": "second"})
     async with serving(data_dir, f"--port={server.url.rpartition(':')[2]}"):
         assert await line(process) == "asked to end"

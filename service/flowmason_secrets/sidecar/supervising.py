@@ -211,6 +211,9 @@ class Supervisor:
         if (reads and self._terminal.give(self._pid)) or self._deadline is not None:
             self._tell(signal.SIGCONT)
             return
+        if number == signal.SIGSTOP:
+            # No terminal sends it: it is about this one, and whoever sent it will continue it.
+            return
         self._terminal.take(self._pid)
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         # The whole job, or the shell would take it for a running one. Without a shell that could
