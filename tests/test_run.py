@@ -810,11 +810,13 @@ async def test_a_program_that_does_not_end_is_replaced(
     )
     group = int((await line(process)).split()[1])
     await store(data_dir, {"A": "second"})
-    assert int((await line(process)).split()[1]) != group
+    successor = int((await line(process)).split()[1])
+    assert successor != group
     # The other process of its group is gone before the next one begins.
     assert not group_lives(group)
     process.send_signal(signal.SIGTERM)
     assert await process.wait() == code
+    assert not group_lives(successor)
 
 
 async def test_it_can_be_told_instead(data_dir: Path) -> None:

@@ -92,9 +92,10 @@ class Supervisor:
             try:
                 while True:
                     code = await self._live()
+                    if self._next is not None or self._ending:
+                        await self._clear()
                     if self._next is None:
                         return code if code >= 0 else 128 - code
-                    await self._clear()
                     self._start()
             finally:
                 watcher.cancel()
