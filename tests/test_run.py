@@ -797,8 +797,9 @@ FIRST_PROCESS = (
 )
 
 
-@pytest.mark.parametrize("below", [(), FIRST_PROCESS], ids=["child", "first process"])
-@pytest.mark.parametrize(("script", "code"), [(IGNORE, 137), (LEAVE, 143)])
+@pytest.mark.parametrize(
+    ("script", "code", "below"), [(IGNORE, 137, ()), (LEAVE, 143, ()), (LEAVE, 143, FIRST_PROCESS)]
+)
 async def test_a_program_that_does_not_end_is_replaced(
     data_dir: Path, script: str, code: int, below: tuple[str, ...]
 ) -> None:
