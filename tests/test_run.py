@@ -28,7 +28,7 @@ from flowmason_secrets.sidecar.watching import Pace, Watcher
 
 from .harness.jumping import jump
 from .harness.server import serving
-from .harness.sidecars import Changing, reads, store, until_read
+from .harness.sidecars import Changing, reads, store
 from .test_cli import PROGRAM, Ended, Place, environment, local, place, remote, run
 
 __all__ = ["place"]
@@ -773,7 +773,7 @@ async def test_only_another_value_restarts_it(place: Place) -> None:
     process = await started(place, "--watch", "restart", "--mask", "never", script=START)
     assert await line(process) == "started with first"
     await store(place.data_dir, {"A": "first"})
-    await until_read(place.data_dir, 2)
+    await reads(place.data_dir, at_least=2)
     await store(place.data_dir, {"A": "second", "B": "b"})
     assert await line(process) == "asked to end"
     assert await line(process) == "started with second"

@@ -27,21 +27,20 @@ async def store(data_dir: Path, secrets: Mapping[str, str], expires_at: str | No
         await service.close()
 
 
-async def reads(data_dir: Path) -> list[str]:
-    """The names of secrets whose values were read, oldest first, as the log has it."""
+async def reads(data_dir: Path, at_least: int = 0) -> list[str]:
+    """The names of secrets whose values were read, oldest first, as the log has it; waits until
+    there are so many.
+    """
     service = await app.open_service(settings_for(data_dir))
     try:
         query = AuditQuery("acme", action="secret.read", success=True, limit=10_000)
-        found = await service.audit(app.local_caller("acme"), query)
-        return [str(event["name"]) for event in reversed(found)]
+        while True:
+            found = await service.audit(app.local_caller("acme"), query)
+            if len(found) >= at_least:
+                return [str(event["name"]) for event in reversed(found)]
+            await asyncio.sleep(0.05)
     finally:
         await service.close()
-
-
-async def until_read(data_dir: Path, times: int) -> None:
-    """Wait until so many values were read."""
-    while len(await reads(data_dir)) < times:
-        await asyncio.sleep(0.05)
 
 
 class Changing:
