@@ -478,7 +478,7 @@ async def test_a_server_that_is_killed_and_comes_back(data_dir: Path) -> None:
         async def follow() -> list[int]:
             seqs: list[int] = []
             filters = Filters(action="secret.create", success=True)
-            async with contextlib.aclosing(secrets.follow(filters, begin.seq)) as events:  # type: ignore[type-var]
+            async with contextlib.aclosing(secrets.follow(filters, begin.seq)) as events:
                 async for entry in events:
                     seqs.append(entry.seq)
                     if entry.details["name"] == "last":

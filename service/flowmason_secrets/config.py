@@ -204,6 +204,14 @@ def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get(API_KEY) or None
 
 
+def for_children(environ: Mapping[str, str] = os.environ) -> dict[bytes, bytes]:
+    """The environment without what gives access to secrets: master keys and the API key."""
+    ours = {API_KEY, PREFIX + "KEY", PREFIX + "OLD_KEYS"}
+    return {
+        os.fsencode(name): os.fsencode(text) for name, text in environ.items() if name not in ours
+    }
+
+
 def is_loopback(host: str) -> bool:
     """Whether what goes to this host stays on this machine."""
     try:

@@ -12,10 +12,12 @@ from .. import __version__
 from ..core.errors import ConfigurationError, InvalidInput, SecretsError
 from . import output
 from .audit import audit
+from .inject import inject
 from .keys import keys
 from .log import log
 from .render import render
 from .rotate import rotate_key
+from .run import run
 from .secret import delete_secret, get_secret, list_secrets, metadata, set_secret
 from .serve import serve
 from .status import status
@@ -39,7 +41,8 @@ def cli(verbose: int) -> None:
 
 
 _SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-for command in (*_SECRETS, audit, keys, log, render, rotate_key, serve, status, verify):
+_PROGRAMS = (inject, render, run)
+for command in (*_SECRETS, *_PROGRAMS, audit, keys, log, rotate_key, serve, status, verify):
     cli.add_command(command)
 
 

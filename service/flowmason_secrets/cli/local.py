@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
@@ -19,6 +20,8 @@ from ..service import Service
 from . import progress
 from .target import Filters, OrganisationEntry, Stored
 
+# Seconds between two looks at what may have changed, more or less.
+_LOOK = 1.0
 # "All of them" of a listing.
 _UNLIMITED = 1 << 62
 
@@ -42,6 +45,16 @@ class LocalTarget:
     async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
         resolved = await self._service.references.resolve(self._caller, document, usage)
         return shapes.resolved_out(resolved)
+
+    async def read(self, names: Sequence[str]) -> dict[str, Plaintext]:
+        found = await self._service.references.read(self._caller, names, Usage())
+        return {one.metadata.name: one.value for one in found}
+
+    async def changed(self) -> AsyncIterator[str | None]:
+        while True:
+            yield None
+            # Many of us don't look all at once.
+            await asyncio.sleep(_LOOK * random.uniform(0.75, 1.25))
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         metadata, created, _ = await self._service.set(self._caller, draft, precondition)

@@ -1,26 +1,32 @@
 """The target behind a URL: a server, over HTTP."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import fields
 
 import click
 
 from .. import config
 from ..api import shapes
-from ..client import AsyncSecretsClient, Filters, Options
+from ..client import AsyncSecretsClient, Filters, Options, Unreachable
 from ..client import Stored as Found
+from ..client.options import CHANCE
 from ..core import times
 from ..core.drafts import Draft, KeyDraft, Precondition, Usage
 from ..core.errors import InvalidInput, Unauthenticated
 from ..core.keyring import Plaintext
 from ..core.ports import AuditQuery
 from ..core.records import SecretMetadata
+from ..core.status import PASSING
 from . import target
 from .target import Stored
 
 # Somebody waits at the terminal: what does not come back at once is for him to judge.
 _RETRIES = 2
+_PATIENT = Options(first_pause=1.0, longest_pause=30.0)
+
+_CHANGES = Filters(action="secret.create", success=True)
 
 
 def client(url: str, api_key: str, insecure: bool) -> AsyncSecretsClient:
@@ -63,6 +69,26 @@ class RemoteTarget:
 
     async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
         return await self._secrets.resolve_json(document, *usage)
+
+    async def read(self, names: Sequence[str]) -> dict[str, Plaintext]:
+        found = await self._secrets.batch(names)
+        return {name: Plaintext(value) for name, value in found.items()}
+
+    async def changed(self) -> AsyncIterator[str | None]:
+        newest = await self._secrets.audit(_CHANGES, 1)
+        after = newest[0].seq if newest else 0
+        yield None
+        retry = 0
+        while True:
+            try:
+                async with contextlib.aclosing(self._secrets.follow(_CHANGES, after)) as entries:
+                    async for entry in entries:
+                        after, retry = entry.seq, 0
+                        yield str(entry.details.get("name"))
+            except (Unreachable, *PASSING):
+                # Whoever waits for changes waits for the server, too.
+                await asyncio.sleep(_PATIENT.pause(retry, 0.0, CHANCE))
+                retry += 1
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         return _stored(

@@ -5,10 +5,8 @@ from typing import BinaryIO
 import click
 
 from ..core.drafts import Usage
-from ..core.errors import InvalidInput
-from ..core.keyring import Plaintext
-from ..core.template import MAX_DOCUMENT
 from . import output
+from .files import read_text
 from .target import Place
 from .where import perform, target_options
 
@@ -25,18 +23,7 @@ def render(place: Place, document: BinaryIO, pipeline: str | None, stage: str | 
     else stays as it is written: other braces, numbers, the keys of objects. \{{secrets.NAME}} means
     just that text; in JSON, the backslash is written twice. '-' reads stdin.
     """
-    text = _text(document)
+    text = read_text(document, "document")
     usage = Usage(pipeline, stage)
     found = perform(place, lambda target: target.resolve(text, usage))
     output.json_text(bytes(found.document))
-
-
-def _text(document: BinaryIO) -> Plaintext:
-    # One more than allowed: an endless stdin must not fill the memory.
-    data = document.read(MAX_DOCUMENT + 1)
-    if len(data) > MAX_DOCUMENT:
-        raise InvalidInput("document", f"must have at most {MAX_DOCUMENT} bytes")
-    try:
-        return Plaintext(data.decode())
-    except UnicodeDecodeError:
-        raise InvalidInput("document", "is not UTF-8") from None

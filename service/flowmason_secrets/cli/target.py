@@ -1,6 +1,6 @@
 """What the commands work on: a data directory or a server, behind one interface."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol
 
@@ -48,6 +48,14 @@ class Target(Protocol):
 
     async def resolve(self, document: Plaintext, usage: Usage) -> shapes.ResolvedOut:
         """The document with values in the place of references; these reads are in the log."""
+
+    async def read(self, names: Sequence[str]) -> dict[str, Plaintext]:
+        """The values of at most 100 secrets, all or none; these reads are in the event log."""
+
+    def changed(self) -> AsyncIterator[str | None]:
+        """Says which secret was created or updated, soon after it, without an end; None means that
+        it may be any. The first one is None: from then on, nothing is missed.
+        """
 
     async def set(self, draft: Draft, precondition: Precondition | None) -> Stored:
         """Create the secret, or replace all of it."""

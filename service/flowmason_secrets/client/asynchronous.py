@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import fields
 from datetime import datetime
 from types import TracebackType
@@ -230,7 +230,7 @@ class AsyncSecretsClient:
 
     async def follow(
         self, filters: Filters = _ALL, after: int | None = None
-    ) -> AsyncIterator[shapes.AuditEntry]:
+    ) -> AsyncGenerator[shapes.AuditEntry, None]:
         """The events that match as they come, without an end: after the event of the seq `after`,
         or from now on. Goes on by itself after the last one when the stream breaks off; nothing is
         missed or repeated. Leave it with `aclose`, as `contextlib.aclosing` does.

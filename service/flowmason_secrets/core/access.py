@@ -50,7 +50,7 @@ class Principal:
 
     def may_name(self, name: str) -> bool:
         """Whether this principal may touch, or see, the secret `name`."""
-        return not self.allow or any(_matches(pattern, name) for pattern in self.allow)
+        return not self.allow or any(matches(pattern, name) for pattern in self.allow)
 
     def require_name(self, name: str) -> None:
         """Raises:
@@ -102,7 +102,7 @@ def check_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     """Whether the whole name matches. Takes at most len(pattern) × len(name) steps, which no
     regular expression with as many stars promises.
     """

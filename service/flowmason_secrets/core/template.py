@@ -56,7 +56,7 @@ class Template:
     def _size(self, values: Mapping[str, Plaintext]) -> int:
         counts = Counter(self.references).items()
         filled = sum(count * json_size(values[name]) for name, count in counts)
-        return filled + sum(map(_utf8_size, self.literals))
+        return filled + sum(map(utf8_size, self.literals))
 
     def _filled(self, values: Mapping[str, Plaintext]) -> Iterator[str]:
         inside = {name: _escaped(values[name].reveal()) for name in self.names}
@@ -72,7 +72,7 @@ def parse(document: Plaintext) -> Template:
     Raises:
         InvalidInput: not JSON, nested too deeply, over 512 KiB, or of more than 100 secrets.
     """
-    if _utf8_size(document.reveal()) > MAX_DOCUMENT:
+    if utf8_size(document.reveal()) > MAX_DOCUMENT:
         raise InvalidInput("document", f"must have at most {MAX_DOCUMENT} bytes")
     _check_json(document)
     template = _split(document.reveal())
@@ -83,7 +83,7 @@ def parse(document: Plaintext) -> Template:
 
 def json_size(value: Plaintext) -> int:
     """How many bytes a value has between the quotes of a JSON string."""
-    return _utf8_size(_escaped(value.reveal()))
+    return utf8_size(_escaped(value.reveal()))
 
 
 def check_result(size: int) -> None:
@@ -109,6 +109,20 @@ def _split(document: str) -> Template:
     return Template((*literals, "".join(text)), tuple(references))
 
 
+def references(text: str) -> Iterator[tuple[str, str | None]]:
+    """A text in pieces, each with the name of the reference behind it, if there is one."""
+    read = 0
+    for reference in _REFERENCE.finditer(text):
+        slashes = len(reference[1])
+        before = text[read : reference.start()] + "\\" * (slashes // 2)
+        if slashes % 2:
+            yield before + reference[0][slashes:], None
+        else:
+            yield before, reference[2].strip(_WHITE)
+        read = reference.end()
+    yield text[read:], None
+
+
 def _pieces(document: str) -> Iterator[tuple[str, str | None]]:
     """Text as it stands in the document, each with the name of the reference behind it, if any."""
     copied = 0
@@ -117,20 +131,11 @@ def _pieces(document: str) -> Iterator[tuple[str, str | None]]:
         if colon is not None or ("{{" not in inside and "\\u" not in inside):
             continue
         content = json.loads(f'"{inside}"')
-        found = list(_REFERENCE.finditer(content))
-        if not found:
+        if not _REFERENCE.search(content):
             continue
         yield document[copied : string.start(1)], None
-        read = 0
-        for reference in found:
-            slashes = len(reference[1])
-            before = content[read : reference.start()] + "\\" * (slashes // 2)
-            if slashes % 2:
-                yield _escaped(before + reference[0][slashes:]), None
-            else:
-                yield _escaped(before), reference[2].strip(_WHITE)
-            read = reference.end()
-        yield _escaped(content[read:]), None
+        for text, name in references(content):
+            yield _escaped(text), name
         copied = string.end(1)
     yield document[copied:], None
 
@@ -141,7 +146,7 @@ def _escaped(text: str) -> str:
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", inside)
 
 
-def _utf8_size(text: str) -> int:
+def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 

@@ -1,0 +1,43 @@
+"""The values of a target, as sidecars want them."""
+
+from collections.abc import AsyncIterator, Sequence
+
+from ..core.errors import Unresolved, UnresolvedReferences
+from ..core.keyring import Plaintext
+from ..sidecar.source import Listed, Selection, Values
+from .target import Filters, Target
+
+# The largest values, of which every other character is escaped on the way, are not too much.
+_AT_ONCE = 16
+_ALL = Filters()
+
+
+class TargetSource:
+    """The secrets behind a target."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    async def listed(self) -> Sequence[Listed]:
+        found = await self._target.listing(_ALL)
+        return [
+            Listed(one.name, f"{one.version} {one.updated_at}", one.is_expired) for one in found
+        ]
+
+    async def read(self, names: Sequence[str]) -> Values:
+        values: dict[str, Plaintext] = {}
+        failed: list[Unresolved] = []
+        for start in range(0, len(names), _AT_ONCE):
+            try:
+                values |= await self._target.read(names[start : start + _AT_ONCE])
+            except UnresolvedReferences as error:
+                # Whoever has to see to it wants to know all of them at once.
+                failed += error.errors
+        if failed:
+            raise UnresolvedReferences(failed, len(names))
+        return values
+
+    async def notices(self, selection: Selection) -> AsyncIterator[None]:
+        async for name in self._target.changed():
+            if name is None or selection.wants(name):
+                yield
