@@ -1,0 +1,279 @@
+"""`flowmason-secrets agent`: a sidecar that serves the processes beside it."""
+
+import asyncio
+import functools
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from .. import config
+from ..core.errors import ConfigurationError, InvalidInput
+
+if TYPE_CHECKING:
+    from ..sidecar.agent.process import AgentSettings
+
+UNAVAILABLE, DENIED, CONFIGURATION = 69, 77, 78
+
+_HEADERS = {"X-FlowMason-Agent": "true"}
+# Seconds between looks, and for one of them.
+_LOOK = 0.1
+_PATIENCE = 5.0
+_EVERYDAY = 86400.0
+
+Command = Callable[..., None]
+
+
+class Ended(click.ClickException):
+    """Ends the program with this code and one line."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc] # click takes it from the instance
+
+
+def _sysexits(command: Command) -> Command:
+    @functools.wraps(command)
+    def wrapped(*arguments: object, **options: object) -> None:
+        try:
+            command(*arguments, **options)
+        except (ConfigurationError, InvalidInput) as error:
+            raise Ended(str(error), CONFIGURATION) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise Ended(f"{where}{error.strerror or error}.", CONFIGURATION) from None
+
+    return wrapped
+
+
+_socket_option = click.option(
+    "--socket",
+    "path",
+    type=click.Path(path_type=Path),
+    help=f"The agent's socket.  [default: {config.AGENT_SOCKET} or agent.sock in --state-dir]",
+)
+
+
+@click.group(invoke_without_command=True)
+@click.option("--url", help=f"The server; the API key comes from {config.API_KEY}.")
+@click.option("--insecure", is_flag=True, help="Send the API key over plain HTTP.")
+@_socket_option
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    default=Path("~/.flowmason/agent"),
+    show_default=True,
+    help="Where the encrypted cache and the queue of offline reads are.",
+)
+@click.option("--allow-uid", multiple=True, metavar="USER", help="Serve this user: name or id.")
+@click.option("--allow-gid", multiple=True, metavar="GROUP", help="Serve this group: name or id.")
+@click.option(
+    "--allow-exe",
+    multiple=True,
+    metavar="FILE",
+    help="Serve them only while they execute this file.",
+)
+@click.option(
+    "--socket-group", metavar="GROUP", help="Let this group connect: the socket has mode 0660."
+)
+@click.option(
+    "--max-age",
+    type=click.FloatRange(min=1),
+    default=_EVERYDAY,
+    show_default=True,
+    help="Seconds for which a value may be served without the server.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.05, max=60),
+    default=2.0,
+    show_default=True,
+    help="Seconds after which the server counts as away.",
+)
+@click.pass_context
+@_sysexits
+def agent(context: click.Context, url: str | None, **options: object) -> None:
+    """Serve secrets to the processes beside it, over a unix socket, until SIGTERM or SIGINT.
+
+    They need no API key: the kernel says who they are. By default only the agent's own user is
+    served. Each read is recorded by the server with the process's user and id; while the server
+    is away, last known values are served, and the reads are recorded later.
+
+    Exit codes: 69 unavailable and nothing cached, 77 denied, 78 configuration.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if url is None:
+        raise Ended("Give the server with --url.", CONFIGURATION)
+    _serve(url, **options)  # type: ignore[arg-type] # click has converted them
+
+
+def _serve(
+    url: str,
+    insecure: bool,
+    path: Path | None,
+    state_dir: Path,
+    allow_uid: tuple[str, ...],
+    allow_gid: tuple[str, ...],
+    allow_exe: tuple[str, ...],
+    socket_group: str | None,
+    max_age: float,
+    timeout: float,
+) -> None:
+    api_key = config.api_key()
+    if not api_key:
+        raise ConfigurationError(f"The agent needs an API key in {config.API_KEY}.")
+    # Takes most of the time of a short command.
+    from ..client.address import check_api_key
+    from ..sidecar.agent.peers import Allowed
+    from ..sidecar.agent.process import AgentSettings
+
+    users = frozenset(_user(name) for name in allow_uid)
+    groups = frozenset(_group(name) for name in allow_gid)
+    if not users and not groups:
+        users = frozenset({os.geteuid()})
+    programs = frozenset(os.path.realpath(file) for file in allow_exe)
+    state_dir = config.data_dir(state_dir, "--state-dir")
+    settings = AgentSettings(
+        url,
+        check_api_key(api_key),
+        path or _default_socket(state_dir),
+        state_dir,
+        Allowed(users, groups, programs),
+        None if socket_group is None else _group(socket_group),
+        max_age,
+        timeout,
+        insecure,
+    )
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: "AgentSettings") -> None:
+    from ..sidecar.agent import process
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    def announce() -> None:
+        click.echo(f"flowmason-secrets agent is ready on unix:{settings.socket.absolute()}")
+
+    await process.serve(settings, announce, stop)
+
+
+@agent.command()
+@_socket_option
+@click.option(
+    "--wait",
+    default="0s",
+    show_default=True,
+    metavar="TIME",
+    help="Wait so long until it is ready: 60s, 2m.",
+)
+@_sysexits
+def ready(path: Path | None, wait: str) -> None:
+    """Succeed once the agent can serve values: a start-up probe."""
+    until = time.monotonic() + _seconds(wait)
+    where = path or _default_socket(config.data_dir(Path("~/.flowmason/agent")))
+    while True:
+        code, message = _status(where)
+        if code != UNAVAILABLE:
+            break
+        if time.monotonic() >= until:
+            break
+        time.sleep(_LOOK)
+    if code:
+        raise Ended(message, code)
+
+
+@agent.command(name="quit")
+@_socket_option
+@_sysexits
+def quit_agent(path: Path | None) -> None:
+    """End the agent: for jobs whose work is done."""
+    where = path or _default_socket(config.data_dir(Path("~/.flowmason/agent")))
+    answered = _ask(where, "POST", "/agent/v1/quit")
+    if answered is None:
+        raise Ended(f"No agent listens on {where}.", UNAVAILABLE)
+    status, body = answered
+    if status != 200:
+        raise Ended(_told(body), DENIED if status == 403 else UNAVAILABLE)
+
+
+def _status(where: Path) -> tuple[int, str]:
+    """The exit code for how it stands with the agent, and what to say."""
+    answered = _ask(where, "GET", "/agent/v1/ready")
+    if answered is None:
+        return UNAVAILABLE, f"No agent listens on {where}."
+    status, body = answered
+    if status == 200:
+        return 0, ""
+    if status == 403:
+        return DENIED, _told(body)
+    found: dict[str, str] = msgspec.json.decode(body)
+    code = DENIED if found.get("status") == "denied" else UNAVAILABLE
+    return code, f"The agent is not ready: {found.get('reason')}."
+
+
+def _ask(where: Path, method: str, path: str) -> tuple[int, bytes] | None:
+    """The answer of the agent; None if there is none."""
+    # Half as long to import as all the rest of the other commands.
+    import http.client
+
+    connection = http.client.HTTPConnection("localhost", timeout=_PATIENCE)
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.sock.settimeout(_PATIENCE)
+        connection.sock.connect(os.fspath(where))
+        connection.request(method, path, headers=_HEADERS)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except PermissionError as error:
+        raise Ended(f"{where}: {error.strerror}.", DENIED) from None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def _told(body: bytes) -> str:
+    found: dict[str, object] = msgspec.json.decode(body)
+    return str(found.get("detail"))
+
+
+def _default_socket(state_dir: Path) -> Path:
+    return config.agent_socket() or state_dir / "agent.sock"
+
+
+def _user(name: str) -> int:
+    # Not on every system that the other commands run on; the same below.
+    import pwd
+
+    try:
+        return int(name) if name.isascii() and name.isdigit() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigurationError(f"There is no user {name!r}.") from None
+
+
+def _group(name: str) -> int:
+    import grp
+
+    try:
+        return int(name) if name.isascii() and name.isdigit() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigurationError(f"There is no group {name!r}.") from None
+
+
+def _seconds(text: str) -> float:
+    scale = {"s": 1.0, "m": 60.0}.get(text[-1:], 0.0)
+    number = text[:-1]
+    if not scale or not number.isascii() or not number.isdigit():
+        raise InvalidInput("--wait", "must be like 60s or 2m")
+    return int(number) * scale

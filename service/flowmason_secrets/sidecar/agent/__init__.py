@@ -1,0 +1,1 @@
+"""The agent: secrets for the processes of this machine, over a unix socket."""
