@@ -141,7 +141,7 @@ class Routes:
     async def _resolve(self, call: requests.Call, peer: Peer) -> Answer:
         sent = await requests.body(call, shapes.ResolveIn)
         try:
-            document = bytes(sent.document).decode()
+            document = Plaintext(bytes(sent.document).decode())
         except UnicodeDecodeError:
             raise requests.not_json() from None
         usage = Usage(sent.pipeline, sent.stage)

@@ -262,7 +262,7 @@ class Secrets:
 
 def _alone(error: UnresolvedReferences) -> SecretsError:
     """The error that a read of the only secret would be, as far as it can be told."""
-    name, code = error.errors[0]
+    name, code = error.errors[0].name, error.errors[0].code
     if code == SecretNotFound.code:
         return SecretNotFound(name)
     if code == SecretExpired.code:

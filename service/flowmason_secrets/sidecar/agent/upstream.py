@@ -102,7 +102,7 @@ def refused(error: SecretsError) -> dict[str, int]:
     """The secrets that the server refused to give, and the status that each would have alone."""
     if not isinstance(error, UnresolvedReferences):
         return {}
-    statuses = {name: _CODES.get(code, 0) for name, code in error.errors}
+    statuses = {one.name: _CODES.get(one.code, 0) for one in error.errors}
     return {name: status for name, status in statuses.items() if status in (403, 404, 410)}
 
 
