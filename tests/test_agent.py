@@ -214,6 +214,31 @@ async def test_a_revoked_key_empties_the_cache(data_dir: Path, tmp_path: Path) -
         await server.stop()
 
 
+async def test_a_revoked_key_empties_the_cache_if_nobody_reads(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    await put(data_dir, "A", "eh")
+    service = await app.open_service(settings_for(data_dir))
+    local = app.local_caller(ORG)
+    issued = await service.keys.issue(local, KeyDraft("agent"))
+    known = tmp_path / "a" / "known"
+    try:
+        async with (
+            serving(data_dir) as server,
+            agent(server.url, issued.raw.reveal(), tmp_path / "a") as beside,
+            beside.client() as client,
+        ):
+            async with client.get("/api/v1/secrets/A") as response:
+                assert response.status == 200
+            await until(lambda: len(list(known.glob("*.known"))) == 1)
+            await service.keys.revoke(local, issued.key.id)
+            began = time.monotonic()
+            await until(lambda: not list(known.iterdir()), 20)
+            print(f"emptied after {time.monotonic() - began:.1f} s")
+    finally:
+        await service.close()
+
+
 async def test_an_agent_that_died_serves_and_delivers_what_it_had(
     data_dir: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import stat
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +27,9 @@ from flowmason_secrets.core.keyring import Plaintext
 from flowmason_secrets.core.ports import Sources
 from flowmason_secrets.core.records import SecretMetadata
 from flowmason_secrets.service import Service
-from flowmason_secrets.sidecar.agent.background import Deliveries
+from flowmason_secrets.sidecar.agent.background import Changes, Deliveries
 from flowmason_secrets.sidecar.agent.lastknown import Known, LastKnown
-from flowmason_secrets.sidecar.agent.queue import OfflineQueue
+from flowmason_secrets.sidecar.agent.queue import LIMIT, OfflineQueue
 from flowmason_secrets.sidecar.agent.serving import Secrets
 from flowmason_secrets.sidecar.agent.upstream import Upstream
 
@@ -209,7 +210,7 @@ async def test_a_delivery_whose_answer_is_lost(fault: str, data_dir: Path, tmp_p
     api_key = Plaintext(await issue_key(data_dir, scopes=("execute",)))
     async with serving(data_dir, "--workers=2") as server, between(server.url) as peer:
         upstream = Upstream(address(peer.url), api_key, Options(retries=0, timeout=5))
-        queue = OfflineQueue(tmp_path / "queue")
+        queue = OfflineQueue(tmp_path / "queue", lambda: ID)
         cache = LastKnown(tmp_path / "known", api_key, lambda: 0.0, 60)
         secrets = Secrets(upstream, cache, queue, Sources(lambda: 0.0, lambda: ID))
         deliveries = Deliveries(upstream, queue, secrets, lambda: 0.0)
@@ -219,50 +220,77 @@ async def test_a_delivery_whose_answer_is_lost(fault: str, data_dir: Path, tmp_p
             await deliveries.flush()
         queue.append([entry()])
         await deliveries.flush()
-        assert queue.waiting == 0
+        assert queue.take(1) is None
         await secrets.close()
         await upstream.close()
         queue.close()
         assert numbers(data_dir) == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_queue_goes_on_where_it_was(tmp_path: Path) -> None:
-    queue = OfflineQueue(tmp_path / "q")
-    ticket = queue.ticket
-    queue.append([entry(f"N{number}") for number in range(3)])
-    taken = queue.take(2)
-    assert [(read.number, read.name) for read in taken] == [(1, "N0"), (2, "N1")]
-    queue.deliver(taken, 2)
-    queue.close()
-    # Delivered ones may come again after a start: the server knows them by their numbers.
-    queue = OfflineQueue(tmp_path / "q")
-    assert queue.ticket == ticket
-    queue.append([entry("N3")])
+def queue_in(place: Path, limit: int = LIMIT) -> OfflineQueue:
+    return OfflineQueue(place / "q", Ids(time.time, os.urandom), limit)
+
+
+def delivered(queue: OfflineQueue) -> list[tuple[str, int, str]]:
+    """Deliver everything: ticket, number and name of each read."""
     seen = []
-    while taken := queue.take(10):
-        seen += [read.number for read in taken]
-        queue.deliver(taken, taken[-1].number)
-    assert seen == [1, 2, 3, 4]
-    assert [path.stat().st_size for path in (tmp_path / "q").glob("*.ndjson")] == [0]
+    while (batch := queue.take(2)) is not None:
+        seen += [(batch.ticket, read.number, read.name) for read in batch.reads]
+        queue.deliver(batch, batch.reads[-1].number)
+    return seen
+
+
+def test_the_queue_goes_on_after_a_start(tmp_path: Path) -> None:
+    queue = queue_in(tmp_path)
+    queue.append([entry(f"N{number}") for number in range(2)])
+    queue.append([entry("N2")])
+    batch = queue.take(2)
+    assert batch is not None
+    with pytest.raises(errors.LogDamaged):
+        queue.deliver(batch, 1)
+    queue.deliver(batch, 2)
     queue.close()
-    # Nothing is left of them but the next number.
-    queue = OfflineQueue(tmp_path / "q")
-    assert queue.take(10) == []
-    queue.append([entry()])
-    assert [read.number for read in queue.take(10)] == [5]
+    # Delivered ones come again: the server knows them by their ticket and number.
+    queue = queue_in(tmp_path)
+    queue.append([entry("N3")])
     with pytest.raises(errors.ConfigurationError, match="Another agent"):
-        OfflineQueue(tmp_path / "q")
+        queue_in(tmp_path)
+    seen = delivered(queue)
+    assert [(number, name) for _, number, name in seen] == [
+        (1, "N0"),
+        (2, "N1"),
+        (3, "N2"),
+        # Not number 4 of the same queue: who knows whether a copy of it goes on elsewhere.
+        (1, "N3"),
+    ]
+    tickets = [ticket for ticket, _, _ in seen]
+    assert {ticket == batch.ticket for ticket in tickets[:3]} == {True}
+    assert tickets[3] != batch.ticket
+    assert [path.name for path in (tmp_path / "q").iterdir()] == ["lock"]
+    queue.append([entry("N4")])
+    assert [(number, name) for _, number, name in delivered(queue)] == [(1, "N4")]
     queue.close()
-    for path in (tmp_path / "q").iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("left", [b"", b'{"ticket":"ab', b'{"ticket":"abab"}\n{"number":1,'])
+def test_a_segment_that_a_crash_cut_off(left: bytes, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "0.ndjson").write_bytes(left)
+    queue = queue_in(tmp_path)
+    queue.append([entry("A")])
+    assert [(number, name) for _, number, name in delivered(queue)] == [(1, "A")]
+    assert [path.name for path in (tmp_path / "q").iterdir()] == ["lock"]
+    queue.close()
 
 
 @pytest.mark.parametrize("call", ["write", "fdatasync"])
+@pytest.mark.parametrize("first", [True, False])
 def test_what_is_not_durable_is_not_acknowledged(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue = OfflineQueue(tmp_path / "q")
-    queue.append([entry("before")])
+    queue = queue_in(tmp_path)
+    if not first:
+        queue.append([entry("before")])
 
     def fail(*_: object) -> int:
         raise OSError(28, "No space left on device")
@@ -272,22 +300,22 @@ def test_what_is_not_durable_is_not_acknowledged(
         with pytest.raises(errors.LogUnavailable):
             queue.append([entry("lost")])
     queue.append([entry("after")])
-    seen = []
-    while taken := queue.take(10):
-        seen += taken
-        queue.deliver(taken, taken[-1].number)
+    seen = delivered(queue)
     # What was not acknowledged may be there, once; its number is not given again.
-    assert [read.name for read in seen if read.name != "lost"] == ["before", "after"]
-    assert len({read.number for read in seen}) == len(seen)
-    assert [read.number for read in seen] == sorted(read.number for read in seen)
+    acknowledged = [name for _, _, name in seen if name != "lost"]
+    assert acknowledged == ([] if first else ["before"]) + ["after"]
+    assert len({(ticket, number) for ticket, number, _ in seen}) == len(seen)
     queue.close()
 
 
 def test_the_queue_has_a_limit(tmp_path: Path) -> None:
-    queue = OfflineQueue(tmp_path / "q", limit=1 << 20)
-    queue.append([entry()])
+    queue = queue_in(tmp_path, limit=1 << 20)
+    many = [entry("x" * 200) for _ in range(4000)]
+    queue.append(many)
     with pytest.raises(errors.LogUnavailable, match="full"):
         queue.append([entry()])
+    assert len(delivered(queue)) == len(many)
+    queue.append([entry()])
     queue.close()
 
 
@@ -303,6 +331,7 @@ class FakeServer:
         self.expires_at: str | None = None
         self.asked = 0
         self.seq = 0
+        self.version = 1
         # Something else that happens while the answer is on its way.
         self.meanwhile: Callable[[], None] | None = None
 
@@ -317,12 +346,14 @@ class FakeServer:
         found = []
         for name in wanted:
             self.seq += 1
-            value = shapes.SecretValue(name, self.values[name], "other", False, 1)
+            value = shapes.SecretValue(name, self.values[name], "other", False, self.version)
             found.append((value, shapes.ReadReceipt(name, self.seq, ID)))
         return found
 
     async def metadata(self, name: str) -> SecretMetadata:
-        return SecretMetadata("i", name, "", "other", "", "", None, self.expires_at, False, 1)
+        return SecretMetadata(
+            "i", name, "", "other", "", "", None, self.expires_at, False, self.version
+        )
 
 
 class Bench:
@@ -333,7 +364,7 @@ class Bench:
         self.server = FakeServer({"A": "eh", "B": "bee"})
         self.cache = LastKnown(place / "known", api_key, lambda: self.now, max_age)
         self.cache.load()
-        self.queue = OfflineQueue(place / "offline")
+        self.queue = OfflineQueue(place / "offline", Ids(lambda: self.now, os.urandom))
         sources = Sources(lambda: self.now, Ids(lambda: self.now, os.urandom))
         self.secrets = Secrets(
             self.server,  # type: ignore[arg-type] # a fake
@@ -350,6 +381,12 @@ class Bench:
     async def close(self) -> None:
         await self.secrets.close()
         self.queue.close()
+
+
+def queued(bench: Bench) -> list[str]:
+    """The names of the reads that are to be delivered."""
+    batch = bench.queue.take(10)
+    return [] if batch is None else [read.name for read in batch.reads]
 
 
 def unresolved(code: str) -> UnresolvedReferences:
@@ -385,11 +422,11 @@ async def test_what_the_cache_stands_in_for(
     bench.server.error = error
     if stands_in:
         assert await bench.read("A") == ["eh (cached)"]
-        assert [read.name for read in bench.queue.take(10)] == ["A"]
+        assert queued(bench) == ["A"]
     else:
         with pytest.raises(SecretsError):
             await bench.read("A")
-        assert bench.queue.take(10) == []
+        assert queued(bench) == []
     assert set(bench.cache.names) == left
     await bench.close()
     # On disk as well.
@@ -423,7 +460,7 @@ async def test_all_or_none_from_the_cache(tmp_path: Path) -> None:
     bench.server.error = Unreachable("u", "gone")
     with pytest.raises(Unreachable):
         await bench.read("A", "B")
-    assert bench.queue.take(10) == []
+    assert queued(bench) == []
     await bench.close()
 
 
@@ -492,4 +529,52 @@ async def test_a_server_that_was_away_is_not_asked_by_everybody(tmp_path: Path) 
     # Less than a second later everything comes from the server again.
     await asyncio.sleep(0.3)
     assert await bench.read("A") == ["eh"]
+    await bench.close()
+
+
+class FakeClient:
+    """A server for whoever follows it, whose audit log may not be read."""
+
+    def __init__(self, versions: dict[str, int]) -> None:
+        self.versions = versions
+
+    async def audit(self, limit: int) -> list[object]:
+        raise errors.Denied("read or full")
+
+    async def list(self) -> list[SecretMetadata]:
+        return [
+            SecretMetadata("i", name, "", "other", "", "", None, None, False, version)
+            for name, version in self.versions.items()
+        ]
+
+
+@pytest.mark.parametrize(
+    ("versions", "asked", "left"),
+    [
+        ({"A": 1, "B": 1}, 0, {"A": "eh", "B": "bee"}),
+        ({"A": 2, "B": 1}, 1, {"A": "new", "B": "bee"}),
+        ({"A": 1}, 0, {"A": "eh"}),
+        ({"A": 1, "B": 1, "C": 4}, 0, {"A": "eh", "B": "bee"}),
+    ],
+)
+async def test_the_cache_follows_without_the_audit_log(
+    versions: dict[str, int], asked: int, left: dict[str, str], tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path)
+    await bench.read("A", "B")
+    before = bench.server.asked
+    bench.server.values["A"] = "new" if versions["A"] == 2 else "eh"
+    bench.server.version = versions["A"]
+    changes = Changes(
+        FakeClient(versions),  # type: ignore[arg-type] # a fake
+        bench.cache,
+        bench.secrets,
+        lambda: 0.0,
+    )
+    following = asyncio.create_task(changes.run())
+    await asyncio.sleep(0.1)
+    following.cancel()
+    known = {name: bench.cache.get(name) for name in bench.cache.names}
+    assert {name: found[0].value for name, found in known.items() if found} == left
+    assert bench.server.asked - before == asked
     await bench.close()

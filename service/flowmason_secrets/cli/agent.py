@@ -15,13 +15,14 @@ import msgspec
 
 from .. import config
 from ..core.errors import ConfigurationError, InvalidInput
+from ..sidecar.agent import HEADER, QUIT_PATH, READY_PATH
 
 if TYPE_CHECKING:
+    from ..sidecar.agent.peers import Allowed
     from ..sidecar.agent.process import AgentSettings
 
 UNAVAILABLE, DENIED, CONFIGURATION = 69, 77, 78
 
-_HEADERS = {"X-FlowMason-Agent": "true"}
 # Seconds between looks, and for one of them.
 _LOOK = 0.1
 _PATIENCE = 5.0
@@ -98,24 +99,9 @@ _socket_option = click.option(
 )
 @click.pass_context
 @_sysexits
-def agent(context: click.Context, url: str | None, **options: object) -> None:
-    """Serve secrets to the processes beside it, over a unix socket, until SIGTERM or SIGINT.
-
-    They need no API key: the kernel says who they are. By default only the agent's own user is
-    served. Each read is recorded by the server with the process's user and id; while the server
-    is away, last known values are served, and the reads are recorded later.
-
-    Exit codes: 69 unavailable and nothing cached, 77 denied, 78 configuration.
-    """
-    if context.invoked_subcommand is not None:
-        return
-    if url is None:
-        raise Ended("Give the server with --url.", CONFIGURATION)
-    _serve(url, **options)  # type: ignore[arg-type] # click has converted them
-
-
-def _serve(
-    url: str,
+def agent(
+    context: click.Context,
+    url: str | None,
     insecure: bool,
     path: Path | None,
     state_dir: Path,
@@ -126,32 +112,49 @@ def _serve(
     max_age: float,
     timeout: float,
 ) -> None:
-    api_key = config.api_key()
-    if not api_key:
-        raise ConfigurationError(f"The agent needs an API key in {config.API_KEY}.")
+    """Serve secrets to the processes beside it, over a unix socket, until SIGTERM or SIGINT.
+
+    They need no API key: the kernel says who they are. By default only the agent's own user is
+    served. Each read is recorded by the server with the process's user and id; while the server
+    is away, last known values are served, and the reads are recorded later.
+
+    Exit codes: 69 unavailable and nothing cached, 77 denied, 78 configuration.
+    """
+    if context.invoked_subcommand is not None:
+        return
     # Takes most of the time of a short command.
     from ..client.address import check_api_key
-    from ..sidecar.agent.peers import Allowed
     from ..sidecar.agent.process import AgentSettings
 
-    users = frozenset(_user(name) for name in allow_uid)
-    groups = frozenset(_group(name) for name in allow_gid)
-    if not users and not groups:
-        users = frozenset({os.geteuid()})
-    programs = frozenset(os.path.realpath(file) for file in allow_exe)
+    api_key = config.api_key()
+    if url is None or api_key is None:
+        raise ConfigurationError(
+            f"The agent needs a server, --url, and an API key for it, in {config.API_KEY}."
+        )
     state_dir = config.data_dir(state_dir, "--state-dir")
     settings = AgentSettings(
         url,
         check_api_key(api_key),
         path or _default_socket(state_dir),
         state_dir,
-        Allowed(users, groups, programs),
+        _allowed(allow_uid, allow_gid, allow_exe),
         None if socket_group is None else _group(socket_group),
         max_age,
         timeout,
         insecure,
     )
     asyncio.run(_run(settings))
+
+
+def _allowed(
+    users: tuple[str, ...], groups: tuple[str, ...], programs: tuple[str, ...]
+) -> "Allowed":
+    from ..sidecar.agent.peers import Allowed
+
+    uids, gids = frozenset(map(_user, users)), frozenset(map(_group, groups))
+    if not uids and not gids:
+        uids = frozenset({os.geteuid()})
+    return Allowed(uids, gids, frozenset(map(os.path.realpath, programs)))
 
 
 async def _run(settings: "AgentSettings") -> None:
@@ -199,7 +202,7 @@ def ready(path: Path | None, wait: str) -> None:
 def quit_agent(path: Path | None) -> None:
     """End the agent: for jobs whose work is done."""
     where = path or _default_socket(config.data_dir(Path("~/.flowmason/agent")))
-    answered = _ask(where, "POST", "/agent/v1/quit")
+    answered = _ask(where, "POST", QUIT_PATH)
     if answered is None:
         raise Ended(f"No agent listens on {where}.", UNAVAILABLE)
     status, body = answered
@@ -209,7 +212,7 @@ def quit_agent(path: Path | None) -> None:
 
 def _status(where: Path) -> tuple[int, str]:
     """The exit code for how it stands with the agent, and what to say."""
-    answered = _ask(where, "GET", "/agent/v1/ready")
+    answered = _ask(where, "GET", READY_PATH)
     if answered is None:
         return UNAVAILABLE, f"No agent listens on {where}."
     status, body = answered
@@ -232,7 +235,7 @@ def _ask(where: Path, method: str, path: str) -> tuple[int, bytes] | None:
     try:
         connection.sock.settimeout(_PATIENCE)
         connection.sock.connect(os.fspath(where))
-        connection.request(method, path, headers=_HEADERS)
+        connection.request(method, path, headers={HEADER: "true"})
         answer = connection.getresponse()
         return answer.status, answer.read()
     except PermissionError as error:

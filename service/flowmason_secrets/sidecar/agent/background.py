@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import cast
 
 from ...api.shapes import AuditEntry
@@ -60,9 +61,9 @@ class Deliveries:
             OSError: the queue can't be read.
         """
         queue, run = self._queue, self._secrets.run
-        while reads := await run(lambda: queue.take(_MOST)):
-            delivered = await self._upstream.deliver(queue.ticket, reads)
-            await run(lambda reads=reads, delivered=delivered: queue.deliver(reads, delivered))  # type: ignore[misc]
+        while (batch := await run(partial(queue.take, _MOST))) is not None:
+            delivered = await self._upstream.deliver(batch.ticket, batch.reads)
+            await run(partial(queue.deliver, batch, delivered))
 
 
 class Changes:

@@ -20,13 +20,12 @@ from ...core.access import Caller, Peer, Principal
 from ...core.drafts import Usage
 from ...core.errors import SecretsError, Unauthenticated
 from ...core.keyring import Plaintext
+from . import HEADER, QUIT_PATH, READY_PATH
 from .peers import Allowed, Socket
 from .serving import Secrets, Served
 
 _log = logging.getLogger(__name__)
 
-# A page in a browser can't send it across origins without being asked first, and nobody is asked.
-HEADER = "X-FlowMason-Agent"
 # What a read from the cache has in place of Audit-Seq and Audit-Id.
 OFFLINE = "X-FlowMason-Offline"
 _SECRETS = "/api/v1/secrets/"
@@ -113,17 +112,18 @@ class Routes:
         path, _, query = call.raw.raw_path.partition("?")
         if query:
             requests.decode_query(query, frozenset())
-        match call.raw.method, path:
-            case "POST", "/api/v1/secrets/resolve":
-                return await self._resolve(call, peer)
-            case "GET", "/agent/v1/ready":
-                health = self._running.status()
-                return json_answer(health, 200 if health.status == "ready" else 503)
-            case "POST", "/agent/v1/quit":
-                self._running.ended.set()
-                return json_answer(shapes.Message("The agent ends."))
-            case "GET", _ if path.startswith(_SECRETS) and "/" not in path[len(_SECRETS) :]:
-                return await self._get(requests.decode_segment(path[len(_SECRETS) :]), peer)
+        wanted = (call.raw.method, path)
+        if wanted == ("POST", _RESOLVE):
+            return await self._resolve(call, peer)
+        if wanted == ("GET", READY_PATH):
+            health = self._running.status()
+            return json_answer(health, 200 if health.status == "ready" else 503)
+        if wanted == ("POST", QUIT_PATH):
+            self._running.ended.set()
+            return json_answer(shapes.Message("The agent ends."))
+        before, _, name = path.rpartition("/")
+        if wanted[0] == "GET" and f"{before}/" == _SECRETS:
+            return await self._get(requests.decode_segment(name), peer)
         raise RequestError(
             404,
             "no_such_route",

@@ -101,10 +101,12 @@ async def serve(settings: AgentSettings, ready: Callable[[], None], stop: asynci
         insecure=settings.insecure,
     )
     cache = LastKnown(settings.state_dir / "known", settings.api_key, time.time, settings.max_age)
-    queue = OfflineQueue(settings.state_dir / "offline")
+    sources = Sources(time.time, Ids(time.time, os.urandom))
+    # Ids of its own: it works in another thread.
+    queue = OfflineQueue(settings.state_dir / "offline", Ids(time.time, os.urandom))
     upstream = Upstream(where, settings.api_key, options)
     client = AsyncSecretsClient(settings.url, settings.api_key.reveal(), options)
-    secrets = Secrets(upstream, cache, queue, Sources(time.time, Ids(time.time, os.urandom)))
+    secrets = Secrets(upstream, cache, queue, sources)
     deliveries = Deliveries(upstream, queue, secrets, random.random)
     agent = Agent(cache, secrets, stop)
     try:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 from ...api import shapes
@@ -233,7 +234,7 @@ class Secrets:
                 batch, self._waiting = self._waiting, []
                 reads = [read for some, _ in batch for read in some]
                 try:
-                    await self.run(lambda reads=reads: self._queue.append(reads))  # type: ignore[misc]
+                    await self.run(partial(self._queue.append, reads))
                 except SecretsError as error:
                     for _, done in batch:
                         if not done.done():
