@@ -4,7 +4,10 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import stat
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,8 +18,11 @@ import aiohttp
 import pytest
 
 from flowmason_secrets import app
+from flowmason_secrets.core.access import Peer
 from flowmason_secrets.core.drafts import Draft, KeyDraft
+from flowmason_secrets.core.errors import Denied
 from flowmason_secrets.core.keyring import Plaintext
+from flowmason_secrets.sidecar.agent.peers import Allowed
 
 from .harness import agent as harness
 from .harness.agent import agent, command, start_workers
@@ -183,6 +189,55 @@ async def test_the_kernel_says_who_is_served(
         assert code == (0 if status == 200 else 77)
     if status == 200:
         await server.stop()
+
+
+def test_a_process_that_has_ended_is_no_allowed_program(tmp_path: Path) -> None:
+    program = os.path.realpath("/proc/self/exe")
+    users = frozenset({os.getuid()})
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        script = (
+            "import socket, sys; s = socket.socket(1); s.connect(sys.argv[1]); sys.stdin.read()"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "s")], stdin=subprocess.PIPE
+        )
+        accepted, _ = listening.accept()
+        with accepted:
+            allowed = Allowed(users, programs=frozenset({program}))
+            allowed.check_system()
+            assert allowed.admit(accepted) == Peer(os.getuid(), child.pid)
+            with pytest.raises(Denied, match="allow-exe"):
+                Allowed(users, programs=frozenset({"/bin/sh"})).admit(accepted)
+            child.communicate(b"\n")
+            # Its id may be somebody else's from now on.
+            with pytest.raises(Denied, match="allow-exe"):
+                allowed.admit(accepted)
+
+
+async def test_a_server_that_hangs(data_dir: Path, tmp_path: Path) -> None:
+    api_key = await issue_key(data_dir)
+    await put(data_dir, "A", "eh")
+    async with (
+        serving(data_dir) as server,
+        agent(server.url, api_key, tmp_path / "a", "--timeout=0.3") as beside,
+        beside.client() as client,
+    ):
+        async with client.get("/api/v1/secrets/A") as response:
+            assert "Audit-Seq" in response.headers
+        assert server.process is not None
+        server.process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        ids = [await _offline(client) for _ in range(3)]
+        # Only the first one waited.
+        assert time.monotonic() - began < 1.0
+        server.process.send_signal(signal.SIGCONT)
+        await asyncio.sleep(1.0)
+        async with client.get("/api/v1/secrets/A") as response:
+            assert "Audit-Seq" in response.headers
+        await until(lambda: len(offline_reads(data_dir)) >= 3)
+    assert [event["details"]["read_id"] for event in offline_reads(data_dir)] == ids
 
 
 async def test_a_revoked_key_empties_the_cache(data_dir: Path, tmp_path: Path) -> None:
