@@ -1,12 +1,10 @@
 """`flowmason-secrets agent`: a sidecar that serves the processes beside it."""
 
 import asyncio
-import functools
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,41 +14,16 @@ import msgspec
 from .. import config
 from ..core.errors import ConfigurationError, InvalidInput
 from ..sidecar.agent import HEADER, QUIT_PATH, READY_PATH
+from .exits import CONFIGURATION, DENIED, UNAVAILABLE, Ended, sysexits
 
 if TYPE_CHECKING:
     from ..sidecar.agent.peers import Allowed
     from ..sidecar.agent.process import AgentSettings
 
-UNAVAILABLE, DENIED, CONFIGURATION = 69, 77, 78
-
 # Seconds between looks, and for one of them.
 _LOOK = 0.1
 _PATIENCE = 5.0
 _EVERYDAY = 86400.0
-
-Command = Callable[..., None]
-
-
-class Ended(click.ClickException):
-    """Ends the program with this code and one line."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc] # click takes it from the instance
-
-
-def _sysexits(command: Command) -> Command:
-    @functools.wraps(command)
-    def wrapped(*arguments: object, **options: object) -> None:
-        try:
-            command(*arguments, **options)
-        except (ConfigurationError, InvalidInput) as error:
-            raise Ended(str(error), CONFIGURATION) from None
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            raise Ended(f"{where}{error.strerror or error}.", CONFIGURATION) from None
-
-    return wrapped
 
 
 _socket_option = click.option(
@@ -98,7 +71,7 @@ _socket_option = click.option(
     help="Seconds after which the server counts as away.",
 )
 @click.pass_context
-@_sysexits
+@sysexits
 def agent(
     context: click.Context,
     url: str | None,
@@ -143,7 +116,11 @@ def agent(
         timeout,
         insecure,
     )
-    asyncio.run(_run(settings))
+    try:
+        asyncio.run(_run(settings))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise Ended(f"{where}{error.strerror or error}.", CONFIGURATION) from None
 
 
 def _allowed(
@@ -180,7 +157,7 @@ async def _run(settings: "AgentSettings") -> None:
     metavar="TIME",
     help="Wait so long until it is ready: 60s, 2m.",
 )
-@_sysexits
+@sysexits
 def ready(path: Path | None, wait: str) -> None:
     """Succeed once the agent can serve values: a start-up probe."""
     until = time.monotonic() + _seconds(wait)
@@ -198,7 +175,7 @@ def ready(path: Path | None, wait: str) -> None:
 
 @agent.command(name="quit")
 @_socket_option
-@_sysexits
+@sysexits
 def quit_agent(path: Path | None) -> None:
     """End the agent: for jobs whose work is done."""
     where = path or _default_socket(config.data_dir(Path("~/.flowmason/agent")))

@@ -3,9 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import cast
 
 from ...api.shapes import AuditEntry
 from ...client import AsyncSecretsClient, Filters
@@ -122,7 +121,7 @@ class Changes:
         self, action: str, after: int, take: Callable[[AuditEntry], Awaitable[None]]
     ) -> None:
         events = self._client.follow(Filters(action=action, success=True), after)
-        async with contextlib.aclosing(cast("AsyncGenerator[AuditEntry]", events)) as following:
+        async with contextlib.aclosing(events) as following:
             async for event in following:
                 await take(event)
 
