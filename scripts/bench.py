@@ -82,6 +82,43 @@ end
 """
 
 
+# wrk knows no unix sockets: so many connections, each with one request after the other, by one
+# process. Prints the rate, the latencies in milliseconds, and how many answers were not 200.
+UNIX_LOAD = """
+import selectors, socket, statistics, sys, time
+path, connections, seconds, secrets = sys.argv[1], *map(int, sys.argv[2:])
+selector = selectors.DefaultSelector()
+number = failed = 0
+taken = []
+def ask(state):
+    global number
+    number = (number + 7) % secrets
+    state[1], state[2] = b"", time.perf_counter()
+    state[0].send(
+        b"GET /api/v1/secrets/SECRET_%04d HTTP/1.1\\r\\nHost: a\\r\\n"
+        b"X-FlowMason-Agent: true\\r\\n\\r\\n" % number
+    )
+for _ in range(connections):
+    one = socket.socket(socket.AF_UNIX)
+    one.connect(path)
+    state = [one, b"", 0.0]
+    selector.register(one, selectors.EVENT_READ, state)
+    ask(state)
+began = time.perf_counter()
+while time.perf_counter() < began + seconds:
+    for key, _ in selector.select(1):
+        state = key.data
+        state[1] += state[0].recv(65536)
+        head, end, body = state[1].partition(b"\\r\\n\\r\\n")
+        if end and len(body) >= int(head.partition(b"Content-Length: ")[2].split()[0]):
+            taken.append(time.perf_counter() - state[2])
+            failed += not head.startswith(b"HTTP/1.1 200")
+            ask(state)
+taken.sort()
+print(len(taken) / seconds, *(1000 * taken[len(taken) * n // 100] for n in (50, 99)), failed)
+"""
+
+
 @dataclass
 class Row:
     """The rounds of one measurement: requests per second, p50 and p99 in milliseconds. `bare` is
@@ -95,6 +132,8 @@ class Row:
     p99: list[float] = field(default_factory=list)
     errors: int = 0
     rss: float | None = None
+    # Whose memory is measured.
+    process: "Target | None" = None
 
     @property
     def rate(self) -> float:
@@ -172,6 +211,22 @@ def wrk(row: Row, url: str, script: str, seconds: int, cores: set[int]) -> int:
     return int(total[1])
 
 
+def load(row: Row, url: str, seconds: int, cores: set[int]) -> int:
+    """One round on a unix socket; returns how many requests were answered."""
+    path, numbers = url.removeprefix("unix:"), map(str, (CONNECTIONS, seconds, SECRETS))
+    told = subprocess.run(
+        [sys.executable, "-c", UNIX_LOAD, path, *numbers],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    ).stdout.split()
+    for figures, figure in zip((row.rates, row.p50, row.p99), map(float, told), strict=False):
+        figures.append(figure)
+    row.errors += int(told[3])
+    return int(row.rates[-1] * seconds)
+
+
 def _milliseconds(report: str, percentile: str) -> float:
     found = re.search(rf"{percentile}\s+([\d.]+)(us|ms|s)", report)
     assert found is not None
@@ -213,6 +268,20 @@ def ours(cores: set[int], *options: str) -> Iterator[tuple[Target, str]]:
                 name = f"SECRET_{number:04d}"
                 call(target.url, key, {"name": name, "value": "x" * 64, "category": "api_key"})
             yield target, key
+        finally:
+            target.stop()
+
+
+@contextlib.contextmanager
+def agent(url: str, key: str, cores: set[int]) -> Iterator[Target]:
+    """An agent of that server."""
+    # A path of a socket has at most 108 bytes.
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "flowmason_secrets", "agent"]
+        options = [f"--url={url}", f"--state-dir={directory}"]
+        target = Target("the agent", [*command, *options], cores, FLOWMASON_API_KEY=key)
+        try:
+            yield target
         finally:
             target.stop()
 
@@ -286,10 +355,8 @@ def scripts(key: str) -> tuple[str, str]:
 Run = tuple[Row, str, str, set[int]]
 
 
-def one_core(
-    stack: contextlib.ExitStack, arguments: argparse.Namespace
-) -> tuple[Target, list[Run]]:
-    """One process on one core, the client on another; and the service among them."""
+def one_core(stack: contextlib.ExitStack, arguments: argparse.Namespace) -> list[Run]:
+    """One process on one core, the client on another."""
     cores, client = {arguments.core}, {1 - arguments.core}
     bare = Target("bare aiohttp", [sys.executable, "-c", BARE, "1"], cores)
     stack.callback(bare.stop)
@@ -297,14 +364,18 @@ def one_core(
     read, update = scripts(key)
     base = Row("bare aiohttp")
     runs: list[Run] = [(base, bare.url, read, client)]
-    runs.append((Row("secrets: GET", base), target.url, read, client))
+    runs.append((Row("secrets: GET", base, process=target), target.url, read, client))
     runs.append((Row("secrets: POST (update)", base), target.url, update, client))
+    # On the same core: a read through the agent is a read of the service, too.
+    beside = stack.enter_context(agent(target.url, key, cores))
+    through = Row("secrets: GET by the agent", base, process=beside)
+    runs.append((through, beside.url, "", client))
     if not arguments.no_legacy and install_legacy():
         old, old_key = stack.enter_context(legacy(cores))
         read, update = scripts(old_key)
         runs.append((Row("FlowMason 1.0.24: GET", base), old.url, read, client))
         runs.append((Row("FlowMason 1.0.24: POST", base), old.url, update, client))
-    return target, runs
+    return runs
 
 
 def two_cores(stack: contextlib.ExitStack, client: set[int], options: list[str]) -> list[Run]:
@@ -331,17 +402,21 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         f"two: on cores 0 and 1, wrk on {' and '.join(map(str, sorted(third)))}"
     )
     with contextlib.ExitStack() as stack:
-        target, runs = one_core(stack, arguments)
+        runs = one_core(stack, arguments)
         runs += two_cores(stack, third, arguments.options)
         _, (read, url, script, client), *_ = runs
         reads = 0
         for _ in range(arguments.rounds):
             for row, where, what, client in runs:
+                if where.startswith("unix:"):
+                    load(row, where, arguments.seconds, client)
+                    continue
                 done = wrk(row, where, what, arguments.seconds, client)
                 reads += done if row is read else 0
         while reads < READS and not arguments.quick:
             reads += wrk(Row("more"), url, script, arguments.seconds, client)
-        read.rss = target.rss()
+        for row, *_ in runs:
+            row.rss = None if row.process is None else row.process.rss()
     return [row for row, *_ in runs]
 
 
@@ -354,12 +429,13 @@ def report(rows: list[Row]) -> bool:
             f"{row.name:28}{row.rate:12,.0f}{row.ratio:8.2f}"
             f"{statistics.median(row.p50):9.1f}{row.slow:9.1f}{rss:>6}{row.errors:8}"
         )
-    bare, read, update = rows[:3]
+    bare, read, update, through = rows[:4]
     shared = rows[-2]
     bounds = [
         ("reads: at least 0.50 of bare", read.ratio >= 0.50),
         ("reads: p99 at most twice bare's", read.slow <= 2 * bare.slow),
         ("reads: at most 90 MiB resident", (read.rss or 0) <= 90),
+        ("reads by the agent: at most 60 MiB resident", (through.rss or 0) <= 60),
         ("updates: at least 0.10 of bare", update.ratio >= 0.10),
         ("updates: p99 at most 60 ms", update.slow <= 60),
         ("reads, 2 workers: at least 0.45 of 2 bare processes", shared.ratio >= 0.45),

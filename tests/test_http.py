@@ -140,6 +140,7 @@ TABLE = {
     f"GET {AUDIT}/stream": {F, R},
     f"GET {AUDIT}/export": {F, R},
     f"GET {AUDIT}/summary": {F, R},
+    f"POST {AUDIT}/offline": {F, E},
     f"POST {API_KEYS}": {F},
     f"GET {API_KEYS}": {F},
     f"DELETE {API_KEYS}/{{id}}": {F},
@@ -156,6 +157,16 @@ BODIES = {
     f"POST {SECRETS}/resolve": {"document": "{{secrets.N}}"},
     f"POST {SECRETS}/batch": {"names": ["N"]},
 }
+OFFLINE_READ = {
+    "number": 1,
+    "id": "01890a5d-ac96-774b-bcce-b302099a8057",
+    "time": "2026-01-31T12:00:00Z",
+    "name": "N",
+    "version": 1,
+    "uid": 1000,
+    "pid": 4242,
+}
+BODIES[f"POST {AUDIT}/offline"] = {"ticket": "ab" * 32, "reads": [OFFLINE_READ]}
 CREATES = {f"POST {SECRETS}", f"POST {API_KEYS}"}
 
 

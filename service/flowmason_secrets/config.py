@@ -17,6 +17,7 @@ from .storage.keysources import read_key_file
 
 PREFIX = "FLOWMASON_SECRETS_"
 API_KEY = "FLOWMASON_API_KEY"
+AGENT_SOCKET = "FLOWMASON_AGENT_SOCKET"
 CREDENTIAL = "flowmason-signing-key"
 DEFAULT_PORT = 8700
 
@@ -210,6 +211,12 @@ def for_children(environ: Mapping[str, str] = os.environ) -> dict[bytes, bytes]:
     return {
         os.fsencode(name): os.fsencode(text) for name, text in environ.items() if name not in ours
     }
+
+
+def agent_socket(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where the agent's socket is, if it was said."""
+    path = environ.get(AGENT_SOCKET)
+    return Path(path) if path else None
 
 
 def is_loopback(host: str) -> bool:

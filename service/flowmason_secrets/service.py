@@ -23,6 +23,7 @@ from .following import Following
 from .gate import QUEUE_LIMIT, Gate
 from .keys import ApiKeys
 from .masterkeys import MasterKeys
+from .offline import OfflineReads
 from .reading import Reading
 from .references import References
 from .rotation import Rotation
@@ -59,6 +60,7 @@ class Service:
         self._path = Path(store, self.gate, self.authentication, master, sources.new_id)
         self._reading = Reading(store, master, sources.clock)
         self.references = References(self._path, self._reading)
+        self.offline = OfflineReads(backend, self.gate, self._path, sources.new_id)
         self.keys = ApiKeys(store, self._path, sources.clock)
         self.following = Following((store, index), self.gate, self._path, sources.clock)
         self.rotation = Rotation((store, index), self.gate, self._path, master, sources.new_id)

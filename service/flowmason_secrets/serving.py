@@ -5,11 +5,9 @@ import contextlib
 import errno
 import gc
 import logging
-import os
 import resource
 import socket
 import ssl
-import stat
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -18,11 +16,11 @@ from pathlib import Path
 from .api.accepting import Acceptor
 from .api.connections import Budget, Limits, Server
 from .api.server import Dispatcher
+from .api.unixsocket import bind_unix
 from .app import open_service
 from .config import Settings, is_loopback
 from .core.errors import ConfigurationError
 from .service import Service
-from .storage.durable import Durable
 
 if sys.platform != "win32":
     import uvloop
@@ -76,7 +74,7 @@ class Address:
         listen.check()
         self.listen = listen
         if listen.unix_socket is not None:
-            self.sockets = [_bind_unix(listen.unix_socket)]
+            self.sockets = [bind_unix(listen.unix_socket)]
         else:
             self.sockets = _bind_tcp(listen.host, listen.port)
 
@@ -232,27 +230,3 @@ def _bind_tcp(host: str, port: int) -> list[socket.socket]:
             raise missing
         failed.pop_all()
     return bound
-
-
-def _bind_unix(path: Path) -> socket.socket:
-    """Raises:
-    OSError: a server listens there, or it is something else than a socket.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(path.stat().st_mode):
-            _refuse_taken(path)
-            # Of a server that is gone.
-            Durable().unlink(path)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        bound.bind(os.fspath(path))
-    except OSError:
-        bound.close()
-        raise
-    return bound
-
-
-def _refuse_taken(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(os.fspath(path)) == 0:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), os.fspath(path))

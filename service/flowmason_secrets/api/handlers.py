@@ -11,7 +11,8 @@ import msgspec
 import orjson
 
 from ..core import names, times
-from ..core.drafts import Draft, KeyDraft, Usage
+from ..core.access import Peer
+from ..core.drafts import Delivery, Draft, KeyDraft, OfflineRead, Usage
 from ..core.errors import IndexUnavailable, InvalidInput, TileNotFound
 from ..core.events import Receipt
 from ..core.keyring import Plaintext
@@ -20,7 +21,7 @@ from ..core.ports import ListQuery
 from ..core.template import MAX_SECRETS
 from ..core.tiles import parse_path
 from ..service import Service
-from . import paging, requests, shapes
+from . import deliveries, paging, requests, shapes
 from .answers import Answer, json_answer
 from .requests import Call
 
@@ -143,6 +144,18 @@ async def list_secrets(service: Service, call: Call) -> Answer:
         last, count = (kept[-1].name if kept else last), count + len(page)
     headers = paging.link(call, last) if paged and count > limit else {}
     return json_answer(b"[" + b",".join(pieces) + b"]", headers=headers)
+
+
+async def record_offline(service: Service, call: Call) -> Answer:
+    """Record reads that an agent served while the server could not be reached: each once."""
+    sent = await requests.body(call, deliveries.OfflineIn)
+    call.hold(_EVENT_BYTES * len(sent.reads))
+    reads = tuple(
+        OfflineRead(one.number, one.id, one.time, one.name, one.version, Peer(one.uid, one.pid))
+        for one in sent.reads
+    )
+    delivery = Delivery(Plaintext(sent.ticket), reads)
+    return json_answer(deliveries.OfflineOut(await service.offline.record(call.caller, delivery)))
 
 
 async def create_api_key(service: Service, call: Call) -> Answer:

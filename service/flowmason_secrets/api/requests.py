@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_request import BaseRequest
 
-from ..core.access import Caller
+from ..core.access import Caller, Peer
 from ..core.drafts import Precondition
 from ..core.errors import InvalidInput, Overloaded
 from ..core.keyring import Plaintext
@@ -26,6 +26,9 @@ C = TypeVar("C", bound=str)
 MAX_BODY = 512 << 10
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+# For whom an agent asks. Nothing is decided by it: it is only recorded.
+PEER_HEADER = "X-FlowMason-Peer"
+_PEER = re.compile(r"uid=([0-9]{1,10});pid=([0-9]{1,10})")
 _ETAG = re.compile(r'[ \t]*+(W/)?("[^"]*+"|\*)[ \t]*+(?:,|$)')
 
 
@@ -93,6 +96,21 @@ def api_key(raw: BaseRequest) -> Plaintext | None:
         return Plaintext(given) if given else None
     scheme, _, key = sent[0].partition(" ")
     return Plaintext(key.strip()) if scheme.lower() == "bearer" else None
+
+
+def peer(raw: BaseRequest) -> Peer | None:
+    """For whom an agent asks, as it says itself.
+
+    Raises:
+        RequestError: several, or not of that form.
+    """
+    sent = raw.headers.getall(PEER_HEADER, None)
+    if sent is None:
+        return None
+    found = _PEER.fullmatch(sent[0])
+    if found is None or len(sent) > 1:
+        raise malformed(f"{PEER_HEADER} must be like 'uid=1000;pid=4242'.")
+    return Peer(int(found[1]), int(found[2]))
 
 
 def origin_form(target: str) -> str:

@@ -8,9 +8,9 @@ from aiohttp import web
 from ..core.access import EXECUTE, FULL, READ, SCOPES
 from ..core.records import SecretMetadata
 from ..service import Service
-from . import handlers, paging, shapes, trail
+from . import deliveries, handlers, paging, shapes, trail
 from .formats import FORMATS
-from .requests import Call, decode_segment
+from .requests import PEER_HEADER, Call, decode_segment
 
 Handler = Callable[[Service, Call], Awaitable[web.StreamResponse]]
 
@@ -122,6 +122,7 @@ _SUMMARY = (
 _COSIGNED = (
     Parameter("cosigned", _FLAG, "With the newest checkpoint that a witness has cosigned."),
 )
+_PEER = (PEER_HEADER,)
 _WRITE = ("If-Match", "If-None-Match")
 
 ROUTES: tuple[Route, ...] = (
@@ -151,6 +152,7 @@ ROUTES: tuple[Route, ...] = (
         (FULL,),
         {200: shapes.SecretValue},
         (400, 401, 403, 404, 410, 422, 500, 503),
+        headers=_PEER,
     ),
     Route(
         "POST",
@@ -160,6 +162,7 @@ ROUTES: tuple[Route, ...] = (
         {200: shapes.ResolvedOut},
         (400, 401, 403, 408, 413, 415, 422, 503),
         body=shapes.ResolveIn,
+        headers=_PEER,
     ),
     Route(
         "POST",
@@ -169,6 +172,7 @@ ROUTES: tuple[Route, ...] = (
         {200: shapes.BatchOut},
         (400, 401, 403, 408, 413, 415, 422, 503),
         body=shapes.BatchIn,
+        headers=_PEER,
     ),
     Route(
         "DELETE",
@@ -225,6 +229,15 @@ ROUTES: tuple[Route, ...] = (
         {200: shapes.AuditSummary},
         (400, 401, 403, 422, 503),
         query=_SUMMARY,
+    ),
+    Route(
+        "POST",
+        "/api/v1/auth/audit-log/offline",
+        handlers.record_offline,
+        (FULL, EXECUTE),
+        {200: deliveries.OfflineOut},
+        (400, 401, 403, 408, 413, 415, 422, 503),
+        body=deliveries.OfflineIn,
     ),
     Route(
         "POST",

@@ -123,7 +123,7 @@ class Dispatcher:
         authentication = self._service.authentication
         known = authentication.recall(key) or await authentication.authenticate(key)
         address = requests.client_ip(raw, self._behind_proxy)
-        return Caller(*known, address, requests.user_agent(raw), request_id)
+        return Caller(*known, address, requests.user_agent(raw), request_id, requests.peer(raw))
 
 
 def _route(face: Face, method: str, path: str) -> tuple[Route, dict[str, str]]:

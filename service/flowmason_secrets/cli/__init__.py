@@ -11,6 +11,7 @@ import click
 from .. import __version__
 from ..core.errors import ConfigurationError, InvalidInput, SecretsError
 from . import output
+from .agent import agent
 from .audit import audit
 from .inject import inject
 from .keys import keys
@@ -41,7 +42,7 @@ def cli(verbose: int) -> None:
 
 
 _SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-_PROGRAMS = (inject, render, run)
+_PROGRAMS = (agent, inject, render, run)
 for command in (*_SECRETS, *_PROGRAMS, audit, keys, log, rotate_key, serve, status, verify):
     cli.add_command(command)
 

@@ -60,10 +60,18 @@ class Principal:
             raise Denied(f"This API key may not use the name {name!r}.")
 
 
+class Peer(NamedTuple):
+    """A process that an agent asks for, as the agent's kernel told it: user id and process id."""
+
+    uid: int
+    pid: int
+
+
 class Caller(NamedTuple):
     """A principal together with the request it makes.
 
-    `as_of` is the size of the log, in events, when the principal was looked up.
+    `as_of` is the size of the log, in events, when the principal was looked up. `peer` is what the
+    principal says: for whom it asks.
     """
 
     principal: Principal
@@ -71,6 +79,7 @@ class Caller(NamedTuple):
     client_ip: str | None = None
     user_agent: str | None = None
     request_id: str | None = None
+    peer: Peer | None = None
 
 
 def check_scopes(scopes: Sequence[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from . import errors, names, times
-from .access import FULL
+from .access import FULL, Peer
 from .events import Detail, Receipt
 from .keyring import Plaintext
 from .records import ApiKey, Metadata, SecretRecord
@@ -32,6 +32,26 @@ class Usage(NamedTuple):
         """
         given = self._asdict().items()
         return {field: names.check_label(name, field) for field, name in given if name is not None}
+
+
+class OfflineRead(NamedTuple):
+    """A read that an agent served from its cache: the `number` that it has in the agent's queue,
+    from 1, an id, when it was, of what, and for whom.
+    """
+
+    number: int
+    id: str
+    time: str
+    name: str
+    version: int
+    peer: Peer
+
+
+class Delivery(NamedTuple):
+    """Reads from the queue of an agent, by ascending numbers. Only the agent knows the `ticket`."""
+
+    ticket: Plaintext
+    reads: tuple[OfflineRead, ...]
 
 
 class Resolved(NamedTuple):

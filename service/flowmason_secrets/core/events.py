@@ -12,6 +12,8 @@ Detail = str | int | bool | list[str] | None
 MAX_LINE = 8000
 
 KEY_ROTATE = "key.rotate"
+# An agent told of reads that it served while it could not reach the server.
+DELIVER = "agent.deliver"
 # Which master key encrypts: what every change of a secret depends on.
 KEYRING: Ref = ("", "master_key")
 
@@ -85,7 +87,7 @@ class Receipt(NamedTuple):
 
 
 _CHANGES = frozenset(
-    {"secret.create", "secret.delete", "api_key.create", "api_key.revoke", KEY_ROTATE}
+    {"secret.create", "secret.delete", "api_key.create", "api_key.revoke", KEY_ROTATE, DELIVER}
 )
 
 
@@ -124,7 +126,9 @@ def event(
     details: dict[str, Detail] | None = None,
 ) -> Event:
     """Compose the event of one operation. `resource` is its type, its id and its name."""
-    principal, _, client_ip, user_agent, request_id = caller
+    principal, _, client_ip, user_agent, request_id, peer = caller
+    if peer is not None:
+        details = {**(details or {}), "peer_uid": peer.uid, "peer_pid": peer.pid}
     kind, resource_id, name = resource
     return Event(
         event_id,

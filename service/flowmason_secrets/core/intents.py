@@ -3,8 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .events import KEY_ROTATE, Event
+from .events import DELIVER, KEY_ROTATE, Event
 from .records import Change, Ref
+
+# They stand for a change of which nothing but the event is stored.
+_CHANGES_OF_THEIR_OWN = frozenset({DELIVER, KEY_ROTATE})
 
 
 class Intent(NamedTuple):
@@ -13,8 +16,8 @@ class Intent(NamedTuple):
     `depends` names what it read, and how many events the log had when that was read. Without an
     `event` it only asks whether what it read is still current.
 
-    `more` are further events of an operation that consists of several and changes nothing: all of
-    them follow `event` at once in the log, or none is in it.
+    `more` are further events of an operation that consists of several and has no `change`: all of
+    them follow `event` at once in the log, or none is in it; after a crash, perhaps only the first.
     """
 
     event: Event | None
@@ -77,7 +80,7 @@ def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission
                 continue
             verdict.events.append((index, event))
             position += 1
-            if change is not None or event.action == KEY_ROTATE:
+            if change is not None or event.action in _CHANGES_OF_THEIR_OWN:
                 for ref in event.changed:
                     changes.record(ref, position)
             if more:

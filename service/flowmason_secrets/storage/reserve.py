@@ -26,7 +26,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # What is refused while the reserve is in use. All others are refusals, make room, or take back what
 # somebody may do, and operators need them.
-_ORDINARY = frozenset({"secret.create", "secret.read", "api_key.create", "log.resume"})
+_ORDINARY = frozenset(
+    {"secret.create", "secret.read", "api_key.create", "agent.deliver", "log.resume"}
+)
 
 
 def ordinary(event: Event | None) -> bool:
