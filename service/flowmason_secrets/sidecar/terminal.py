@@ -14,7 +14,7 @@ class Terminal:
         self._own = os.getpgrp()
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):
-            self._descriptor = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+            self._descriptor = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
         # In a pipeline, another program of our group may be the one that needs the terminal.
         self.wanted = os.isatty(0) and os.isatty(1)
 
