@@ -118,8 +118,11 @@ async def test_what_is_refused_is_not_in_the_cache(worker: Worker) -> None:
     (await worker.run("--only", "A")).failed(CONFIGURATION, "secret_not_found")
     await worker.server.stop()
     # Nor later: it is known that it is gone.
-    (await worker.run("--only", "A")).failed(UNAVAILABLE, "can't be reached")
-    (await worker.run("--only", "A", "--cache", "only")).failed(UNAVAILABLE, "cache")
+    down, without = await asyncio.gather(
+        worker.run("--only", "A"), worker.run("--only", "A", "--cache", "only")
+    )
+    down.failed(UNAVAILABLE, "can't be reached")
+    without.failed(UNAVAILABLE, "cache")
     assert worker.queued() == []
 
 
@@ -129,29 +132,55 @@ async def test_a_key_that_was_revoked_empties_the_cache(worker: Worker) -> None:
     assert len(worker.known()) == 3
     listed = await local(worker.data_dir).run("keys", "list", "--json")
     await local(worker.data_dir).run("keys", "revoke", listed.json[0]["id"])
-    (await worker.run("--only", "A")).failed(DENIED, "does not accept")
+    ended = await worker.run("--only", "A")
+    assert (ended.code, ended.out) == (DENIED, "")
+    assert "expired or revoked" in ended.err
     assert worker.known() == []
     await worker.server.stop()
-    (await worker.run("--only", "A")).failed(UNAVAILABLE)
 
 
-async def test_only_never_connects(worker: Worker) -> None:
+async def test_only_never_connects_and_refusals_are_final(worker: Worker) -> None:
     await worker.server.start()
     assert (await worker.run()).out == "eh\n"
     await worker.server.stop()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        for arguments in ((), ("--only", "A")):
-            ended = await worker.run("--cache", "only", *arguments, url=url)
-            assert (ended.code, ended.out) == (0, "eh\n")
-        (await worker.run("--cache", "only", "--only", "C", url=url)).failed(UNAVAILABLE)
+        every, one, missing = await asyncio.gather(
+            worker.run("--cache", "only", url=url),
+            worker.run("--cache", "only", "--only", "A", url=url),
+            worker.run("--cache", "only", "--only", "C", url=url),
+        )
+        assert (every.code, every.out) == (one.code, one.out) == (0, "eh\n")
+        missing.failed(UNAVAILABLE)
         with pytest.raises(BlockingIOError):
             listening.accept()
-        # One that hangs is away, too.
-        assert (await worker.run(url=url)).out == "eh\n"
+        assert len(worker.queued()) == 3
+        # Only those failures count as away, one that hangs among them.
+        starts = {500: True, 503: True, 403: False, 404: False, 410: False}
+        hanging, *ended = await asyncio.gather(
+            worker.run(url=url), *(answered(worker, status) for status in starts)
+        )
+        assert hanging.out == "eh\n"
         listening.accept()[0].close()
-    assert len(worker.queued()) == 5
+    for ran, started in zip(ended, starts.values(), strict=True):
+        assert (ran.out, ran.code == 0) == (("eh\n", True) if started else ("", False)), ran
+    # Each of those that began had two secrets.
+    assert len(worker.queued()) == 3 + 3 * 2
+
+
+async def answered(worker: Worker, status: int) -> Ended:
+    """A run whose server answers everything with this status."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode())
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        return await worker.run(url=f"http://127.0.0.1:{port}")
 
 
 async def test_without_a_cache(worker: Worker) -> None:
@@ -160,10 +189,10 @@ async def test_without_a_cache(worker: Worker) -> None:
     assert not worker.state.exists()
     # A place that can't be used is no reason not to start.
     worker.state.write_text("a file")
-    ended = await worker.run()
+    ended, without = await asyncio.gather(worker.run(), worker.run("--cache", "only"))
     assert (ended.code, ended.out) == (0, "eh\n")
     assert "There is no cache" in ended.err
-    (await worker.run("--cache", "only")).failed(CONFIGURATION, "There is no cache")
+    without.failed(CONFIGURATION, "There is no cache")
     await worker.server.stop()
     worker.state.unlink()
     (await worker.run("--cache", "off")).failed(UNAVAILABLE)
