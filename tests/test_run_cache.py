@@ -71,17 +71,17 @@ class Worker:
 @pytest.fixture
 async def worker(data_dir: Path, tmp_path: Path) -> Worker:
     """One with the secrets A and B, whose server was not started yet."""
-    await store(data_dir, {"A": "eh", "B": "be"})
+    await store(data_dir, {"A": "s3cret-value", "B": "be"})
     return Worker(data_dir, tmp_path, await issue_key(data_dir, scopes=("full",)))
 
 
 async def test_workers_start_while_the_server_is_down(worker: Worker) -> None:
     await worker.server.start()
     first = await worker.run()
-    assert (first.code, first.out, first.err) == (0, "eh\n", "")
+    assert (first.code, first.out, first.err) == (0, "s3cret-value\n", "")
     for path in worker.known():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert b"eh" not in path.read_bytes()
+        assert b"s3cret" not in path.read_bytes()
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert len(worker.known()) == 3
     await worker.server.kill()
@@ -91,7 +91,7 @@ async def test_workers_start_while_the_server_is_down(worker: Worker) -> None:
         worker.run(), worker.run("--only", "A"), worker.run("--only", "?"), worker.run()
     )
     for down in downs:
-        assert (down.code, down.out) == (0, "eh\n"), down
+        assert (down.code, down.out) == (0, "s3cret-value\n"), down
         assert "from the cache" in down.err
     # Durable before the program began, and told by the process that it became.
     queued = worker.queued()
@@ -104,7 +104,7 @@ async def test_workers_start_while_the_server_is_down(worker: Worker) -> None:
     ups = await asyncio.gather(worker.run(), worker.run())
     await worker.run()
     await worker.server.stop()
-    assert {(up.code, up.out, up.err) for up in ups} == {(0, "eh\n", "")}
+    assert {(up.code, up.out, up.err) for up in ups} == {(0, "s3cret-value\n", "")}
     delivered = Counter(event["details"]["read_id"] for event in worker.offline())
     assert delivered == Counter(read["id"] for read in queued)
     assert worker.queued() == []
@@ -113,7 +113,7 @@ async def test_workers_start_while_the_server_is_down(worker: Worker) -> None:
 
 async def test_what_is_refused_is_not_in_the_cache(worker: Worker) -> None:
     await worker.server.start()
-    assert (await worker.run()).out == "eh\n"
+    assert (await worker.run()).out == "s3cret-value\n"
     await local(worker.data_dir).run("delete", "A")
     (await worker.run("--only", "A")).failed(CONFIGURATION, "secret_not_found")
     await worker.server.stop()
@@ -128,7 +128,7 @@ async def test_what_is_refused_is_not_in_the_cache(worker: Worker) -> None:
 
 async def test_a_key_that_was_revoked_empties_the_cache(worker: Worker) -> None:
     await worker.server.start()
-    assert (await worker.run()).out == "eh\n"
+    assert (await worker.run()).out == "s3cret-value\n"
     assert len(worker.known()) == 3
     listed = await local(worker.data_dir).run("keys", "list", "--json")
     await local(worker.data_dir).run("keys", "revoke", listed.json[0]["id"])
@@ -141,7 +141,7 @@ async def test_a_key_that_was_revoked_empties_the_cache(worker: Worker) -> None:
 
 async def test_only_never_connects_and_refusals_are_final(worker: Worker) -> None:
     await worker.server.start()
-    assert (await worker.run()).out == "eh\n"
+    assert (await worker.run()).out == "s3cret-value\n"
     await worker.server.stop()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
@@ -151,7 +151,7 @@ async def test_only_never_connects_and_refusals_are_final(worker: Worker) -> Non
             worker.run("--cache", "only", "--only", "A", url=url),
             worker.run("--cache", "only", "--only", "C", url=url),
         )
-        assert (every.code, every.out) == (one.code, one.out) == (0, "eh\n")
+        assert (every.code, every.out) == (one.code, one.out) == (0, "s3cret-value\n")
         missing.failed(UNAVAILABLE)
         with pytest.raises(BlockingIOError):
             listening.accept()
@@ -161,10 +161,12 @@ async def test_only_never_connects_and_refusals_are_final(worker: Worker) -> Non
         hanging, *ended = await asyncio.gather(
             worker.run(url=url), *(answered(worker, status) for status in starts)
         )
-        assert hanging.out == "eh\n"
+        assert hanging.out == "s3cret-value\n"
         listening.accept()[0].close()
     for ran, started in zip(ended, starts.values(), strict=True):
-        assert (ran.out, ran.code == 0) == (("eh\n", True) if started else ("", False)), ran
+        assert (ran.out, ran.code == 0) == (("s3cret-value\n", True) if started else ("", False)), (
+            ran
+        )
     # Each of those that began had two secrets.
     assert len(worker.queued()) == 3 + 3 * 2
 
@@ -185,12 +187,12 @@ async def answered(worker: Worker, status: int) -> Ended:
 
 async def test_without_a_cache(worker: Worker) -> None:
     await worker.server.start()
-    assert (await worker.run("--cache", "off")).out == "eh\n"
+    assert (await worker.run("--cache", "off")).out == "s3cret-value\n"
     assert not worker.state.exists()
     # A place that can't be used is no reason not to start.
     worker.state.write_text("a file")
     ended, without = await asyncio.gather(worker.run(), worker.run("--cache", "only"))
-    assert (ended.code, ended.out) == (0, "eh\n")
+    assert (ended.code, ended.out) == (0, "s3cret-value\n")
     assert "There is no cache" in ended.err
     without.failed(CONFIGURATION, "There is no cache")
     await worker.server.stop()
@@ -211,7 +213,7 @@ async def test_a_cache_is_a_servers(worker: Worker) -> None:
 
 async def test_with_watch_it_starts_and_follows_later(worker: Worker) -> None:
     await worker.server.start()
-    assert (await worker.run()).out == "eh\n"
+    assert (await worker.run()).out == "s3cret-value\n"
     await worker.server.stop()
     script = "import os, time; print(os.environ['A'][::-1], flush=True); time.sleep(60)"
     process = await asyncio.create_subprocess_exec(
@@ -221,7 +223,7 @@ async def test_with_watch_it_starts_and_follows_later(worker: Worker) -> None:
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
-    assert await process.stdout.readline() == b"he\n"
+    assert await process.stdout.readline() == b"eulav-terc3s\n"
     assert len(worker.queued()) == 2
     await store(worker.data_dir, {"A": "another"})
     await worker.server.start()
