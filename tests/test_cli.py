@@ -111,7 +111,9 @@ async def remote(
     key = await issue_key(data_dir, scopes=scopes, allow=allow)
     async with session(server.url, key) as client, client.get("/api/v1/auth/whoami") as answer:
         actor = (await answer.json())["api_key_id"]
-    return Place(data_dir, ("--url", server.url), {"FLOWMASON_API_KEY": key}, actor)
+    # What run keeps is in the home directory.
+    variables = {"FLOWMASON_API_KEY": key, "HOME": str(data_dir.parent)}
+    return Place(data_dir, ("--url", server.url), variables, actor)
 
 
 @pytest.fixture(params=["local", "remote"])

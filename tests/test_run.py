@@ -882,7 +882,7 @@ async def test_with_a_server(data_dir: Path) -> None:
     assert named == everything
     other.failed(77, "'B' (denied)")
     refused.failed(77, "scope")
-    (await ran(limited, script=show)).failed(69, "can't be reached")
+    (await ran(limited, "--cache", "off", script=show)).failed(69, "can't be reached")
     limited.variables["FLOWMASON_API_KEY"] = "fm_live_unknown"
     async with serving(data_dir) as server:
         wrong = Place(data_dir, ("--url", server.url), limited.variables, "")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..sidecar.agent.peers import Allowed
     from ..sidecar.agent.process import AgentSettings
 
+# Of agents, and what run keeps.
+AGENT_DIR = Path("~/.flowmason/agent")
+
 # Seconds between looks, and for one of them.
 _LOOK = 0.1
 _PATIENCE = 5.0
@@ -41,7 +44,7 @@ _socket_option = click.option(
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
-    default=Path("~/.flowmason/agent"),
+    default=AGENT_DIR,
     show_default=True,
     help="Where the encrypted cache and the queue of offline reads are.",
 )
@@ -161,7 +164,7 @@ async def _run(settings: "AgentSettings") -> None:
 def ready(path: Path | None, wait: str) -> None:
     """Succeed once the agent can serve values: a start-up probe."""
     until = time.monotonic() + _seconds(wait)
-    where = path or _default_socket(config.data_dir(Path("~/.flowmason/agent")))
+    where = path or _default_socket(config.data_dir(AGENT_DIR))
     while True:
         code, message = _status(where)
         if code != UNAVAILABLE:
@@ -178,7 +181,7 @@ def ready(path: Path | None, wait: str) -> None:
 @sysexits
 def quit_agent(path: Path | None) -> None:
     """End the agent: for jobs whose work is done."""
-    where = path or _default_socket(config.data_dir(Path("~/.flowmason/agent")))
+    where = path or _default_socket(config.data_dir(AGENT_DIR))
     answered = _ask(where, "POST", QUIT_PATH)
     if answered is None:
         raise Ended(f"No agent listens on {where}.", UNAVAILABLE)

@@ -18,7 +18,7 @@ from ..core.ports import AuditQuery, ListQuery
 from ..core.records import SecretMetadata
 from ..service import Service
 from . import progress
-from .target import Filters, OrganisationEntry, Stored
+from .target import Filters, OrganisationEntry, Server, Stored
 
 # Seconds between two looks at what may have changed, more or less.
 _LOOK = 1.0
@@ -34,6 +34,7 @@ class LocalTarget:
         self._org_id = org_id
         # The stand-in is recorded nowhere: an audit query of a local caller is never refused.
         self._caller = app.local_caller("-" if org_id is None else org_id)
+        self.server: Server | None = None
         self.complete_since: str | None = None
 
     async def get(self, name: str) -> shapes.SecretValue:

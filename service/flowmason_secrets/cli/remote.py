@@ -20,7 +20,7 @@ from ..core.ports import AuditQuery
 from ..core.records import SecretMetadata
 from ..core.status import PASSING
 from . import target
-from .target import Stored
+from .target import Server, Stored
 
 # Somebody waits at the terminal: what does not come back at once is for him to judge.
 _RETRIES = 2
@@ -44,11 +44,11 @@ def client(url: str, api_key: str, insecure: bool) -> AsyncSecretsClient:
 
 
 @contextlib.asynccontextmanager
-async def opened(secrets: AsyncSecretsClient) -> AsyncIterator["RemoteTarget"]:
+async def opened(secrets: AsyncSecretsClient, server: Server) -> AsyncIterator["RemoteTarget"]:
     """The target for the duration of a block."""
     async with secrets:
         try:
-            yield RemoteTarget(secrets)
+            yield RemoteTarget(secrets, server)
         except Unauthenticated:
             raise click.ClickException(
                 f"The server does not accept the API key in {config.API_KEY}: "
@@ -59,8 +59,9 @@ async def opened(secrets: AsyncSecretsClient) -> AsyncIterator["RemoteTarget"]:
 class RemoteTarget:
     """The secrets of the organisation that the API key belongs to."""
 
-    def __init__(self, secrets: AsyncSecretsClient) -> None:
+    def __init__(self, secrets: AsyncSecretsClient, server: Server) -> None:
         self._secrets = secrets
+        self.server: Server | None = server
         self.complete_since: str | None = None
 
     async def get(self, name: str) -> shapes.SecretValue:

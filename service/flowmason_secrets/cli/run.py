@@ -1,23 +1,26 @@
 """`flowmason-secrets run`."""
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import click
 
 from .. import config
-from ..core.errors import InvalidInput
+from ..core.errors import ConfigurationError, InvalidInput, SecretsError
 from ..sidecar import environment, launching, supervising
 from ..sidecar.environment import Plan
 from ..sidecar.launching import Program
-from ..sidecar.source import Found, Selection, find
+from ..sidecar.source import Found, Selection, Source, find
 from ..sidecar.supervising import Rules, Supervisor
 from ..sidecar.watching import Watcher
 from . import output
+from .agent import AGENT_DIR
 from .exits import sysexits
 from .files import read_text
 from .source import TargetSource
@@ -29,6 +32,14 @@ _WATCH = ("none", "restart", *(f"signal:{name}" for name in _SIGNALS))
 
 
 @dataclass(frozen=True, slots=True)
+class Caching:
+    """Whether values are kept: `auto`, `off` or `only`; and where."""
+
+    mode: str
+    state_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """What is to be run, and with which variables."""
 
@@ -36,6 +47,7 @@ class Run:
     plan: Plan
     # Those of which each makes a variable of its own; the file of the plan may refer to others.
     alone: Selection
+    cache: Caching
 
     @property
     def selection(self) -> Selection:
@@ -93,6 +105,20 @@ class Run:
     metavar="SECONDS",
     help="From SIGTERM to SIGKILL.",
 )
+@click.option(
+    "--cache",
+    type=click.Choice(["auto", "off", "only"]),
+    default="auto",
+    show_default=True,
+    help="With --url, what is known of before: auto: while the server is away; only: without it.",
+)
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    default=AGENT_DIR,
+    show_default=True,
+    help="Where the encrypted cache and the offline reads are.",
+)
 @sysexits
 @target_options()
 def run(
@@ -104,6 +130,8 @@ def run(
     watch: str,
     mask: str,
     grace: float,
+    cache: str,
+    state_dir: Path,
 ) -> None:
     """Run CMD with secrets in its environment.
 
@@ -112,17 +140,24 @@ def run(
     Expired secrets are left out; one that is named has to be there. The master key and the API key
     are taken out of the environment.
 
+    What comes from a server is kept, encrypted, in a cache: if the server can't be reached or
+    fails, CMD gets the values of the last 24 hours, and these reads are recorded later. What the
+    server refuses is never taken from there.
+
     Without --watch this process becomes CMD. With it, or with --mask always where the output is no
     terminal, it looks after CMD: signals are passed on, and it ends with its exit code. Else: 69 if
-    secrets can't be had now, 77 if they may not be read, 78 if the wrong ones are asked for, 126
-    and 127 if CMD can't be executed.
+    secrets can't be had now and are not cached, 77 if they may not be read, 78 if the wrong ones
+    are asked for, 126 and 127 if CMD can't be executed.
     """
     assignments = (
         () if env_file is None else environment.parse_file(read_text(env_file, "env-file"))
     )
     plan = Plan(assignments, prefix)
     everything = ("*",) if not only and env_file is None else ()
-    job = Run(command, plan, Selection.of((), (*only, *everything)))
+    caching = Caching(cache, config.data_dir(state_dir, "--state-dir"))
+    job = Run(command, plan, Selection.of((), (*only, *everything)), caching)
+    if cache == "only" and watch != "none":
+        raise click.UsageError("--watch asks the server, and --cache only does not.")
     masks = mask == "always" or (mask == "auto" and watch != "none")
     masks = masks and bool(supervising.masked_streams())
     if watch == "none" and not masks:
@@ -135,21 +170,56 @@ def run(
         program = perform(place, lambda target: _first(target, job))
         code = asyncio.run(supervisor.run(_alone(program)))
     else:
-        code = perform(place, lambda target: supervisor.run(_programs(target, job)))
+        code = perform(place, lambda target: _watched(target, job, supervisor))
     click.get_current_context().exit(code)
 
 
 async def _first(target: Target, job: Run) -> Program:
-    return job.program(await find(TargetSource(target), job.selection, listed=False))
+    async with _source(target, job) as source:
+        return job.program(await find(source, job.selection, listed=False))
+
+
+async def _watched(target: Target, job: Run, supervisor: Supervisor) -> int:
+    async with _source(target, job, watching=True) as source:
+        return await supervisor.run(_programs(source, job))
+
+
+@contextlib.asynccontextmanager
+async def _source(target: Target, job: Run, *, watching: bool = False) -> AsyncIterator[Source]:
+    inner, server, cache = TargetSource(target), target.server, job.cache
+    if server is None and cache.mode == "only":
+        raise click.UsageError("--cache only goes with --url: it is a server's cache.")
+    if server is None or cache.mode == "off":
+        yield inner
+        return
+    # Takes longer than a short command.
+    from ..sidecar import cached
+
+    settings = cached.CacheSettings(*server, cache.state_dir, cache.mode == "only")
+    async with contextlib.AsyncExitStack() as stack:
+        source: Source = inner
+        try:
+            source = await stack.enter_async_context(
+                cached.opened(settings, inner, job.selection, watching=watching)
+            )
+        except SecretsError:
+            # Some of these are an OSError, too.
+            raise
+        except OSError as error:
+            problem = f"{error.filename or cache.state_dir}: {error.strerror}"
+            if settings.only:
+                raise ConfigurationError(f"There is no cache: {problem}.") from None
+            output.note(f"There is no cache, the server is asked: {problem}.")
+        yield source
 
 
 async def _alone(program: Program) -> AsyncIterator[Program]:
     yield program
 
 
-async def _programs(target: Target, job: Run) -> AsyncIterator[Program]:
+async def _programs(source: Source, job: Run) -> AsyncIterator[Program]:
     """The program with what is there now, and with what it is after each change."""
-    watcher = Watcher(TargetSource(target), job.selection)
+    watcher = Watcher(source, job.selection)
     yield job.program(await watcher.begin())
     changes = watcher.changes()
     while True:

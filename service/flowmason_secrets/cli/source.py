@@ -4,11 +4,9 @@ from collections.abc import AsyncIterator, Sequence
 
 from ..core.errors import Unresolved, UnresolvedReferences
 from ..core.keyring import Plaintext
-from ..sidecar.source import Listed, Selection, Values
+from ..sidecar.source import AT_ONCE, Listed, Selection, Values
 from .target import Filters, Target
 
-# The largest values, of which every other character is escaped on the way, are not too much.
-_AT_ONCE = 16
 _ALL = Filters()
 
 
@@ -19,17 +17,14 @@ class TargetSource:
         self._target = target
 
     async def listed(self) -> Sequence[Listed]:
-        found = await self._target.listing(_ALL)
-        return [
-            Listed(one.name, f"{one.version} {one.updated_at}", one.is_expired) for one in found
-        ]
+        return [Listed.of(one) for one in await self._target.listing(_ALL)]
 
     async def read(self, names: Sequence[str]) -> Values:
         values: dict[str, Plaintext] = {}
         failed: list[Unresolved] = []
-        for start in range(0, len(names), _AT_ONCE):
+        for start in range(0, len(names), AT_ONCE):
             try:
-                values |= await self._target.read(names[start : start + _AT_ONCE])
+                values |= await self._target.read(names[start : start + AT_ONCE])
             except UnresolvedReferences as error:
                 # Whoever has to see to it wants to know all of them at once.
                 failed += error.errors

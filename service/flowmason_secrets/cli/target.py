@@ -33,11 +33,22 @@ class OrganisationEntry(shapes.AuditEntry, frozen=True, kw_only=True):
     org_id: str | None
 
 
+class Server(NamedTuple):
+    """Where a target sends its requests."""
+
+    url: str
+    api_key: Plaintext
+    insecure: bool
+
+
 class Target(Protocol):
     """The operations of one organisation.
 
     All of them raise SecretsError or click.ClickException, whose text is safe to show.
     """
+
+    server: Server | None
+    """None: it works on the data directory itself."""
 
     complete_since: str | None
     """The time from which on the last answer about events has all of them, if some were archived.

@@ -11,8 +11,9 @@ import click
 
 from .. import config
 from ..core.errors import ConfigurationError
+from ..core.keyring import Plaintext
 from ..core.names import check_org
-from .target import Place, Target
+from .target import Place, Server, Target
 
 T = TypeVar("T")
 Command = Callable[..., None]
@@ -92,7 +93,8 @@ def _server(url: str, insecure: bool) -> Place:
     # aiohttp takes most of a short command's time: a usage error need not wait for it.
     from . import remote
 
-    return functools.partial(remote.opened, remote.client(url, api_key, insecure))
+    server = Server(url, Plaintext(api_key), insecure)
+    return functools.partial(remote.opened, remote.client(url, api_key, insecure), server)
 
 
 def _directory(org: str | None, data_dir: Path | None, creates: bool) -> Place:

@@ -7,8 +7,13 @@ from typing import NamedTuple, Protocol
 from ..core.access import matches
 from ..core.errors import InvalidInput
 from ..core.keyring import Plaintext
+from ..core.records import SecretMetadata
 
 Values = Mapping[str, Plaintext]
+
+# How many are read in one step: the largest values, of which every other character is escaped on
+# the way, are not too much.
+AT_ONCE = 16
 
 
 class Listed(NamedTuple):
@@ -17,6 +22,12 @@ class Listed(NamedTuple):
     name: str
     version: str
     is_expired: bool
+    expires_at: str | None = None
+
+    @classmethod
+    def of(cls, one: SecretMetadata) -> "Listed":
+        """From what a listing has."""
+        return cls(one.name, f"{one.version} {one.updated_at}", one.is_expired, one.expires_at)
 
 
 class Source(Protocol):

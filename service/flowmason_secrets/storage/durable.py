@@ -4,9 +4,11 @@ All of it goes through `os`, which the tests replace. Blocking: called in worker
 """
 
 import contextlib
+import fcntl
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 StrPath = str | Path
@@ -57,6 +59,16 @@ class Durable:
     def open_slot(self, path: Path) -> int:
         """A descriptor for `put_slot` and for locking."""
         return self._open(path, os.O_CREAT | os.O_RDWR, PRIVATE_FILE)
+
+    @contextlib.contextmanager
+    def locked(self, path: Path) -> Iterator[None]:
+        """Wait for the lock that this file is, and hold it for the duration of a block."""
+        descriptor = self.open_slot(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def write(self, descriptor: int, data: bytes) -> None:
         """One `write()` of everything.
@@ -175,6 +187,11 @@ class Durable:
         """Remove a name; one that is gone already is fine."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+
+    def remove_directory(self, path: StrPath) -> None:
+        """Remove an empty directory; one that is gone already is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(path)
 
     def _open(self, path: Path, flags: int, mode: int) -> int:
         descriptor = os.open(path, flags | os.O_CLOEXEC, mode)

@@ -1,6 +1,7 @@
 """What the agent knew last of each secret: encrypted, in memory and on disk, bound to its API key.
 
-Files are written and removed in one worker thread, in order; `load` and `store` block.
+Files are written and removed in one worker thread, in order; `load`, `store` and `purge` block.
+Processes with the same API key may share a directory.
 """
 
 import contextlib
@@ -97,6 +98,10 @@ class LastKnown:
         """
         self._durable.make_directory(self._directory)
         self._durable.restrict(self._directory)
+        with self._alone():
+            self._load()
+
+    def _load(self) -> None:
         for path in sorted(self._directory.iterdir()):
             try:
                 token = path.read_bytes()
@@ -180,12 +185,29 @@ class LastKnown:
         Raises:
             OSError: it can't be written.
         """
+        with self._alone():
+            self._store(name)
+
+    def purge(self) -> None:
+        """Remove all files, those that others wrote too.
+
+        Raises:
+            OSError: they can't be removed.
+        """
+        with self._alone():
+            for path in self._directory.iterdir():
+                self._durable.unlink(path)
+
+    def _store(self, name: str) -> None:
         path = self._path(name)
         found = self.get(name)
         if found is None:
             self._durable.unlink(path)
             return
         known, _ = found
+        if self._seq_on_disk(path) > known.seq:
+            # Another process has read it since.
+            return
         entry = self._entries.get(name)
         confirmed = known.confirmed if entry is None else entry.confirmed
         token = self._fernet.encrypt(
@@ -201,6 +223,17 @@ class LastKnown:
             raise
         if entry is not None:
             entry.written = confirmed
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes away from the files, for as long as a step takes."""
+        return self._durable.locked(self._directory.with_name(f"{self._directory.name}.lock"))
+
+    def _seq_on_disk(self, path: Path) -> int:
+        try:
+            token = path.read_bytes()
+            return msgspec.json.decode(self._fernet.decrypt(token), type=Known).seq
+        except (FileNotFoundError, InvalidToken, msgspec.DecodeError, UnicodeDecodeError):
+            return -1
 
     def _keep(self, name: str, entry: _Entry) -> None:
         before = self._entries.pop(name, None)
@@ -221,6 +254,11 @@ class LastKnown:
         return self._directory / (
             hmac.digest(self._name_key, os.fsencode(name), "sha256").hex()[:32] + _SUFFIX
         )
+
+
+def place_of(api_key: Plaintext) -> str:
+    """The name of a directory for this API key, which does not tell it."""
+    return _derive(api_key.reveal().encode(), b"place").hex()[:32]
 
 
 def _derive(secret: bytes, purpose: bytes) -> bytes:

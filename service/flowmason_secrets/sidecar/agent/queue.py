@@ -134,6 +134,16 @@ class OfflineQueue:
         self._end()
         os.close(self._lock)
 
+    def remove(self) -> None:
+        """Remove the directory too, after all was delivered. Nobody may open it meanwhile.
+
+        Raises:
+            OSError: something is left in it.
+        """
+        self.close()
+        self._durable.unlink(self._directory / "lock")
+        self._durable.remove_directory(self._directory)
+
     def _begin(self) -> bytes:
         """Open the next segment; returns its first line."""
         self._end()

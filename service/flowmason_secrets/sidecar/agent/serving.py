@@ -81,19 +81,28 @@ class Secrets:
         wanted = list(dict.fromkeys(wanted))
         away: SecretsError | None = None
         if self._loop.time() < self._until:
-            found = self._known(wanted)
-            if found is not None:
-                return await self._offline(found, peer)
+            recalled = await self.recall(wanted, peer)
+            if recalled is not None:
+                return recalled
         try:
             return await self._ask(wanted, usage, peer)
         except SecretsError as error:
             if not is_away(error):
                 raise
             away = error
-        found = self._known(wanted)
-        if found is None:
+        recalled = await self.recall(wanted, peer)
+        if recalled is None:
             raise away
-        return await self._offline(found, peer)
+        return recalled
+
+    async def recall(self, wanted: Sequence[str], peer: Peer) -> list[Served] | None:
+        """What the cache has, without a question to the server; None if it has not all of them.
+
+        Raises:
+            LogUnavailable: the reads can't be recorded.
+        """
+        found = self._known(wanted)
+        return None if found is None else await self._offline(found, peer)
 
     async def refresh(self, names: Sequence[str], peer: Peer) -> None:
         """Read secrets for the cache itself, each on its own; one that can't be read is logged."""
@@ -115,7 +124,7 @@ class Secrets:
     def drop(self, name: str) -> None:
         """Forget a secret: it is gone."""
         if self._cache.drop(name):
-            self._store(name)
+            self.store(name)
 
     async def run(self, step: Callable[[], T]) -> T:
         """Do something with files."""
@@ -130,13 +139,24 @@ class Secrets:
         self._thread.shutdown()
 
     async def _ask(self, wanted: list[str], usage: Usage, peer: Peer) -> list[Served]:
+        try:
+            return await self.ask(wanted, usage, peer)
+        except UnresolvedReferences as error:
+            if len(wanted) == 1:
+                raise _alone(error) from None
+            raise
+
+    async def ask(self, wanted: Sequence[str], usage: Usage, peer: Peer) -> list[Served]:
+        """The values of secrets, by the server only; the cache learns from the answer.
+
+        Raises:
+            SecretsError: it refused, or is away.
+        """
         drops = self._cache.drops
         try:
             answered = await self._upstream.read(wanted, usage, peer)
         except SecretsError as error:
             self._note(error, wanted)
-            if len(wanted) == 1 and isinstance(error, UnresolvedReferences):
-                raise _alone(error) from None
             raise
         self.state, self._until = "serving", 0.0
         return list(
@@ -153,7 +173,7 @@ class Secrets:
         )
         if cache.has(name, value.version) and cache.seq(name) < read.seq:
             if cache.confirm(name, read.seq):
-                self._store(name)
+                self.store(name)
         elif cache.seq(name) < read.seq:
             try:
                 # Its expiry: a value must not outlive it in the cache. No event.
@@ -178,7 +198,7 @@ class Secrets:
             expiry,
         )
         if self._cache.put(known, drops):
-            self._store(known.name)
+            self.store(known.name)
 
     def _note(self, error: SecretsError, wanted: Sequence[str]) -> None:
         """Take the consequences of an error of the server's."""
@@ -192,7 +212,7 @@ class Secrets:
                 _log.error("the server does not accept the API key any more: the cache is emptied")
             self.state = "denied"
             for name in self._cache.clear():
-                self._store(name)
+                self.store(name)
             return
         self.state = "serving"
         # 403 without names: the scopes of the API key cover none of them.
@@ -247,7 +267,7 @@ class Secrets:
         finally:
             self._committing = None
 
-    def _store(self, name: str) -> None:
+    def store(self, name: str) -> None:
         """Make the file of a secret what the cache says, in the background."""
 
         def step() -> None:
