@@ -366,8 +366,10 @@ def one_core(stack: contextlib.ExitStack, arguments: argparse.Namespace) -> list
     runs: list[Run] = [(base, bare.url, read, client)]
     runs.append((Row("secrets: GET", base, process=target), target.url, read, client))
     runs.append((Row("secrets: POST (update)", base), target.url, update, client))
-    # On the same core: a read through the agent is a read of the service, too.
-    beside = stack.enter_context(agent(target.url, key, cores))
+    # On the same core: a read through the agent is a read of the service, too. It has a service of
+    # its own, which is what it follows: the other rows have nobody who follows them.
+    its, its_key = stack.enter_context(ours(cores, *arguments.options))
+    beside = stack.enter_context(agent(its.url, its_key, cores))
     through = Row("secrets: GET by the agent", base, process=beside)
     runs.append((through, beside.url, "", client))
     if not arguments.no_legacy and install_legacy():
