@@ -32,7 +32,7 @@ from ..core.errors import (
 from ..core.events import Ids
 from ..core.keyring import Plaintext
 from ..core.ports import Sources
-from ..storage.durable import Durable
+from ..storage.durable import StateDirectory
 from .agent.background import Deliveries
 from .agent.lastknown import Known, LastKnown, place_of
 from .agent.queue import OfflineQueue
@@ -81,7 +81,7 @@ class _Queues:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._durable = Durable()
+        self._durable = StateDirectory()
         self._durable.make_directory(directory)
         self._durable.restrict(directory)
         self._lock = directory.with_name(f"{directory.name}.lock")

@@ -60,16 +60,6 @@ class Durable:
         """A descriptor for `put_slot` and for locking."""
         return self._open(path, os.O_CREAT | os.O_RDWR, PRIVATE_FILE)
 
-    @contextlib.contextmanager
-    def locked(self, path: Path) -> Iterator[None]:
-        """Wait for the lock that this file is, and hold it for the duration of a block."""
-        descriptor = self.open_slot(path)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def write(self, descriptor: int, data: bytes) -> None:
         """One `write()` of everything.
 
@@ -188,17 +178,33 @@ class Durable:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
-    def remove_directory(self, path: StrPath) -> None:
-        """Remove an empty directory; one that is gone already is fine."""
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(path)
-
     def _open(self, path: Path, flags: int, mode: int) -> int:
         descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
         if os.fstat(descriptor).st_size == 0:
             # The umask may have taken bits from the mode, or nobody has set it yet.
             os.fchmod(descriptor, mode)
         return descriptor
+
+
+class StateDirectory(Durable):
+    """What the directory of a sidecar needs besides, which several processes share. Data
+    directories have none of it, and the tables of failures are about those.
+    """
+
+    @contextlib.contextmanager
+    def locked(self, path: Path) -> Iterator[None]:
+        """Wait for the lock that this file is, and hold it for the duration of a block."""
+        descriptor = self.open_slot(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def remove_directory(self, path: StrPath) -> None:
+        """Remove an empty directory; one that is gone already is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(path)
 
 
 def _check_whole(written: int, data: bytes) -> None:

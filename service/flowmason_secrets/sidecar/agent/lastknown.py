@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ...core.keyring import Plaintext
-from ...storage.durable import PRIVATE_FILE, Durable
+from ...storage.durable import PRIVATE_FILE, StateDirectory
 
 _SUFFIX = ".known"
 # Of all tokens together, in bytes: what was confirmed longest ago goes first.
@@ -72,7 +72,7 @@ class LastKnown:
         self._fernet = Fernet(urlsafe_b64encode(_derive(secret, b"values")))
         self._name_key = _derive(secret, b"names")
         self._directory = directory
-        self._durable = Durable()
+        self._durable = StateDirectory()
         self._clock = clock
         self._max_age = max_age
         self._entries: dict[str, _Entry] = {}

@@ -14,7 +14,7 @@ import msgspec
 
 from ...api.deliveries import OfflineReadIn
 from ...core.errors import ConfigurationError, LogDamaged, LogUnavailable
-from ...storage.durable import PRIVATE_FILE, Durable
+from ...storage.durable import PRIVATE_FILE, StateDirectory
 
 # In bytes: of a segment, of all of them, and what is read at once.
 _SEGMENT = 1 << 20
@@ -48,7 +48,7 @@ class OfflineQueue:
     """
 
     def __init__(self, directory: Path, new_id: Callable[[], str], limit: int = LIMIT) -> None:
-        self._durable = Durable()
+        self._durable = StateDirectory()
         self._directory = directory
         self._new_id = new_id
         self._limit = limit
