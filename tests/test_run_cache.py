@@ -229,8 +229,8 @@ async def test_with_watch_it_starts_and_follows_later(worker: Worker) -> None:
     await worker.server.start()
     async with asyncio.timeout(20):
         assert await process.stdout.readline() == b"rehtona\n"
-    while len(worker.offline()) < 2:
-        await asyncio.sleep(0.05)
+        while len(worker.offline()) < 2:
+            await asyncio.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert await process.wait() == 128 + signal.SIGTERM
     await worker.server.stop()

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flowmason_secrets import app, verifying
 from flowmason_secrets.core import checkpoint, tlogproof
 from flowmason_secrets.core.checkpoint import Checkpoint
+from flowmason_secrets.core.events import Line
 from flowmason_secrets.core.merkle import Frontier, leaf_hashes
 from flowmason_secrets.core.note import COSIGNATURE, Signature, Signer, Verifier, cosigned
 from flowmason_secrets.core.tiles import Edge
@@ -530,3 +531,8 @@ async def test_a_receipt(place: Place, tmp_path: Path) -> None:
     assert (ended.code, ended.json["valid"]) == (1, False)
     (await command(nowhere, vkey, f"--receipt={path}")).failed(2, "--event FILE")
     (await command(nowhere, f"--receipt={path}")).failed(2, "can't be checked without")
+
+
+def test_it_knows_all_fields_of_a_line() -> None:
+    # A type of its own, because it is decoded in half the time that the other takes.
+    assert list(scanning._Event.__struct_fields__) == list(Line.__annotations__)
