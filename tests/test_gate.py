@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from flowmason_secrets import app
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import Draft, KeyDraft
 from flowmason_secrets.core.errors import (
+    DecryptionFailed,
     InvalidInput,
     LogDamaged,
     LogUnavailable,
@@ -114,6 +116,37 @@ async def test_changes_that_wait_together_share_two_syncs(stores: Stores) -> Non
     # First the changes are durable, then their events, and only then they are published.
     assert disk.steps[:5] == ["write", "sync", "write", "sync", "place"]
     assert "sync_path" not in disk.steps
+
+
+async def test_what_is_left_to_do_is_done_when_the_batch_closes(stores: Stores) -> None:
+    """One after the other, for all that wait; who can't be prepared is not in the log."""
+    disk = Held()
+    store = stores(disk)
+    await store.commit([put("A")])
+    gate, position = Gate(store), store.position
+    disk.hold()
+    first = gate.submit(read("A"))
+    await disk.is_waiting()
+    prepared: list[int] = []
+    refusal = DecryptionFailed("A", "k1", ())
+
+    def prepare(number: int) -> SecretsError | None:
+        prepared.append(number)
+        return refusal if number == 1 else None
+
+    others = [gate.submit(read("A"), partial(prepare, number)) for number in range(3)]
+    gone = gate.submit(read("A"), partial(prepare, 1))
+    gone.cancel()
+    await asyncio.sleep(0)
+    assert prepared == []
+    disk.free.set()
+    verdicts = await asyncio.gather(first, *others)
+    assert prepared == [0, 1, 2, 1]
+    assert verdicts[2] is refusal
+    seqs = [verdict.seq for verdict in verdicts if isinstance(verdict, Receipt)]
+    assert seqs == [position, position + 1, position + 2]
+    await gate.drain()
+    assert store.position == position + 3
 
 
 async def test_what_arrives_during_a_commit_is_the_next_batch(stores: Stores) -> None:

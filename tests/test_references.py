@@ -356,13 +356,13 @@ async def test_what_changes_between_reading_and_commit_counts(
     other = await app.open_service(settings_for(data_dir))
     submit = service.gate.submit
 
-    def late(intent: Intent) -> Any:
+    def late(intent: Intent, *prepare: Any) -> Any:
         monkeypatch.undo()
         assert not reads(data_dir)[2:]
 
         async def then() -> Verdict:
             await change(other, local)
-            return await submit(intent)
+            return await submit(intent, *prepare)
 
         return asyncio.ensure_future(then())
 

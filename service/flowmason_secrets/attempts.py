@@ -12,7 +12,7 @@ from .core.intents import Intent
 from .core.ports import STALE, Store
 from .core.records import Change, PutSecret
 from .core.status import STATUS, outcome_of
-from .gate import Gate
+from .gate import Gate, Prepare
 from .masterkeys import MasterKeys
 
 T = TypeVar("T")
@@ -28,13 +28,23 @@ class Attempt:
     none. If one of them has a `refusal`, only those that have one are recorded.
     """
 
-    __slots__ = ("caller", "change", "depends", "details", "parts", "resource", "version")
+    __slots__ = (
+        "caller",
+        "change",
+        "depends",
+        "details",
+        "parts",
+        "prepare",
+        "resource",
+        "version",
+    )
 
     def __init__(self, caller: Caller, resource: tuple[str, str | None, str | None]) -> None:
         self.caller = caller
         self.resource = resource
         self.depends = depends_on(caller)
         self.version: int | None = None
+        self.prepare: Prepare | None = None
         self.change: Change | None = None
         self.details: dict[str, Detail] | None = None
         self.parts: tuple[Part, ...] = ()
@@ -84,15 +94,20 @@ class Path:
         """
         while True:
             attempt = Attempt(caller, secret_resource(caller, name))
+            refusal: SecretsError | None = None
             try:
                 result = await step(attempt)
-            except SecretsError as refusal:
-                if await self.refuse(attempt, action, refusal):
-                    raise
+            except SecretsError as error:
+                refusal = error
             else:
-                receipt = await self._gate.submit(self._intent(attempt, action, None))
-                if type(receipt) is Receipt:
-                    return result, receipt
+                intent = self._intent(attempt, action, None)
+                verdict = await self._gate.submit(intent, attempt.prepare)
+                if type(verdict) is Receipt:
+                    return result, verdict
+                if isinstance(verdict, SecretsError):
+                    refusal = verdict
+            if refusal is not None and await self.refuse(attempt, action, refusal):
+                raise refusal
             caller = await self.renew(attempt, name)
 
     async def refuse(self, attempt: Attempt, action: str, refusal: SecretsError) -> bool:

@@ -4,6 +4,7 @@ Intents that wait together are committed together. One batch is in flight, the n
 """
 
 import asyncio
+from collections.abc import Callable
 
 from .core.errors import LogUnavailable, Overloaded, SecretsError
 from .core.events import Receipt
@@ -13,6 +14,11 @@ from .core.ports import STALE, Store, Verdict
 # How many intents may wait before others are turned away.
 QUEUE_LIMIT = 10_000
 
+# What is left to do of an intent when its batch closes. It returns why that can't be, if so.
+Prepare = Callable[[], SecretsError | None]
+# An intent that waits.
+_Waiting = tuple[Intent, asyncio.Future[Verdict], Prepare | None]
+
 
 class Gate:
     """Group commit over one store. Belongs to one event loop."""
@@ -21,16 +27,17 @@ class Gate:
         self._loop = asyncio.get_running_loop()
         self._store = store
         self._limit = limit
-        self._waiting: list[tuple[Intent, asyncio.Future[Verdict]]] = []
+        self._waiting: list[_Waiting] = []
         self._running: asyncio.Task[None] | None = None
         # Why the last event could not be written; None once one could.
         self.unavailable: str | None = None
 
-    def submit(self, intent: Intent) -> asyncio.Future[Verdict]:
+    def submit(self, intent: Intent, prepare: Prepare | None = None) -> asyncio.Future[Verdict]:
         """Queue an intent for the next batch. The future's result is a receipt when its event is
         durable and its change published (of several events, the last one's receipt), `STALE` if
         something that it depends on has changed, or None if it has no event and all that it
-        depends on is as it was.
+        depends on is as it was. What `prepare` returns instead of None is the result as well: then
+        the intent is withdrawn.
 
         It raises LogUnavailable if the event is not acknowledged, LogDamaged as `Store.commit`.
 
@@ -41,7 +48,7 @@ class Gate:
         if len(waiting) >= self._limit:
             raise Overloaded
         future: asyncio.Future[Verdict] = self._loop.create_future()
-        waiting.append((intent, future))
+        waiting.append((intent, future, prepare))
         if self._running is None:
             self._running = self._loop.create_task(self._run())
         return future
@@ -65,7 +72,7 @@ class Gate:
             while self._waiting:
                 await self._gather()
                 batch, self._waiting = self._waiting, []
-                await self._commit(batch)
+                await self._commit(_prepared(batch))
         finally:
             self._running = None
 
@@ -79,19 +86,19 @@ class Gate:
             await asyncio.sleep(0)
             quiet = quiet + 1 if len(self._waiting) == size else 0
 
-    async def _commit(self, batch: list[tuple[Intent, asyncio.Future[Verdict]]]) -> None:
+    async def _commit(self, batch: list[_Waiting]) -> None:
         try:
-            verdicts = await self._store.commit([intent for intent, _ in batch])
+            verdicts = await self._store.commit([intent for intent, _, _ in batch])
         except Exception as error:
             # It belongs to those who wait, not to this task.
             self.unavailable = str(error)
-            for _, future in batch:
+            for _, future, _ in batch:
                 if not future.done():
                     future.set_exception(_for_waiter(error))
             return
         # One fdatasync covered the batch: waiters resume after it, so nobody sees an event that
         # could vanish.
-        for (_, future), verdict in zip(batch, verdicts, strict=True):
+        for (_, future, _), verdict in zip(batch, verdicts, strict=True):
             if isinstance(verdict, Receipt):
                 self.unavailable = None
             elif isinstance(verdict, LogUnavailable):
@@ -102,6 +109,19 @@ class Gate:
                 future.set_exception(_for_waiter(verdict))
             else:
                 future.set_result(verdict)
+
+
+def _prepared(batch: list[_Waiting]) -> list[_Waiting]:
+    """What is left of a batch when it closes."""
+    prepared = []
+    for waiting in batch:
+        _, future, prepare = waiting
+        error = None if prepare is None else prepare()
+        if error is None:
+            prepared.append(waiting)
+        elif not future.done():
+            future.set_result(error)
+    return prepared
 
 
 def _for_waiter(error: Exception) -> Exception:

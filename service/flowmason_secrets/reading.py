@@ -6,10 +6,32 @@ from weakref import WeakValueDictionary
 from .attempts import Attempt
 from .core import errors, names
 from .core.access import Caller
-from .core.keyring import KeyNotHeld, NotAuthentic, Plaintext
+from .core.keyring import KeyNotHeld, Keyring, NotAuthentic, Plaintext
 from .core.ports import Clock, Store
 from .core.records import Ref, SecretRecord
 from .masterkeys import MasterKeys
+
+
+class Sealed:
+    """A value that is still to be decrypted, with a key that is at hand."""
+
+    __slots__ = ("_keyring", "_org_id", "_record", "value")
+
+    value: Plaintext
+
+    def __init__(self, keyring: Keyring, org_id: str, record: SecretRecord) -> None:
+        self._keyring = keyring
+        self._org_id = org_id
+        self._record = record
+
+    def open(self) -> errors.DecryptionFailed | None:
+        """Decrypt it: from now on there is a `value`, unless this returns why not."""
+        metadata, token, _, _ = self._record
+        try:
+            self.value = self._keyring.decrypt(self._org_id, metadata.key_id, token)
+        except (KeyNotHeld, NotAuthentic):
+            return errors.DecryptionFailed(metadata.name, metadata.key_id, self._keyring.held)
+        return None
 
 
 class Reading:
@@ -56,7 +78,27 @@ class Reading:
         Raises:
             SecretExpired, SecretDamaged, DecryptionFailed: and no value.
         """
-        metadata, token, _, damage = record
+        sealed = await self._sealed(attempt, record)
+        refusal = sealed.open()
+        if refusal is not None:
+            raise refusal
+        return sealed.value
+
+    async def decrypt_later(self, attempt: Attempt, record: SecretRecord) -> Sealed:
+        """The same, decrypted when the batch of the attempt closes, together with all others of
+        that batch: one after the other they take half the time, as the processor has the code of
+        the ciphers at hand then.
+
+        Raises:
+            SecretExpired, SecretDamaged: and no value. The attempt itself may become a
+                DecryptionFailed.
+        """
+        sealed = await self._sealed(attempt, record)
+        attempt.prepare = sealed.open
+        return sealed
+
+    async def _sealed(self, attempt: Attempt, record: SecretRecord) -> Sealed:
+        metadata, _, _, damage = record
         if metadata.is_expired(self._clock()):
             raise errors.SecretExpired(metadata.name, metadata.expires_at or "")
         if damage is not None:
@@ -65,10 +107,7 @@ class Reading:
         keyring = self._master.keyring
         if not keyring.derived(org_id, key_id):
             await self._master.prepare(org_id, key_id)
-        try:
-            return keyring.decrypt(org_id, key_id, token)
-        except (KeyNotHeld, NotAuthentic):
-            raise errors.DecryptionFailed(metadata.name, key_id, keyring.held) from None
+        return Sealed(keyring, org_id, record)
 
     def lock(self, caller: Caller, name: str) -> asyncio.Lock:
         """What changes of a secret take turns with, in this process."""

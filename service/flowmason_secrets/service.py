@@ -11,7 +11,7 @@ from .core.drafts import Draft, Precondition, Revealed, Written
 from .core.errors import SecretsError
 from .core.events import Event, Line, Receipt
 from .core.intents import Intent
-from .core.keyring import KeyUsage, Plaintext
+from .core.keyring import KeyUsage
 from .core.ports import AuditQuery, Backend, Building, Count, Grouping, ListQuery, Sources
 from .core.records import (
     DropSecret,
@@ -24,7 +24,7 @@ from .gate import QUEUE_LIMIT, Gate
 from .keys import ApiKeys
 from .masterkeys import MasterKeys
 from .offline import OfflineReads
-from .reading import Reading
+from .reading import Reading, Sealed
 from .references import References
 from .rotation import Rotation
 from .signer import LogSigner
@@ -80,13 +80,13 @@ class Service:
         """
         names.check_any_name(name)
 
-        async def step(attempt: Attempt) -> tuple[Metadata, Plaintext]:
+        async def step(attempt: Attempt) -> tuple[Metadata, Sealed]:
             _permit(attempt.caller, name)
             record = await self._reading.read(attempt, name)
-            return record.metadata, await self._reading.decrypt(attempt, record)
+            return record.metadata, await self._reading.decrypt_later(attempt, record)
 
-        (metadata, value), receipt = await self._path.perform(caller, "secret.read", name, step)
-        return Revealed(metadata, value, receipt)
+        (metadata, sealed), receipt = await self._path.perform(caller, "secret.read", name, step)
+        return Revealed(metadata, sealed.value, receipt)
 
     async def set(
         self, caller: Caller, draft: Draft, precondition: Precondition | None = None
