@@ -91,7 +91,7 @@ def _tail(
         status=status,
         details={} if outcome == "success" else {"error": outcome},
     )
-    line = wire.encode_line(event, 0, _MARK).decode()
+    line = wire.encode_lines([event], 0, _MARK).decode()
     return line[line.index(_MARK, line.index('"time"')) + 1 :]
 
 

@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowmason_secrets.core import times
 from flowmason_secrets.core.access import ANY, Caller, Principal
@@ -142,6 +145,87 @@ def test_a_line_has_the_fields_of_the_format(logs: Logs) -> None:
     log.close()
 
 
+class Name(str):
+    """A caller of the library may have texts of his own kind."""
+
+
+texts = st.text(max_size=40) | st.text(max_size=40).map(Name)
+events = st.builds(
+    Event,
+    *[texts] * 3,
+    st.none() | texts,
+    texts,
+    *[st.none() | texts] * 2,
+    st.none() | st.integers(-(1 << 62), (1 << 63) - 1),
+    *[st.none() | texts, texts],
+    *[st.none() | texts] * 3,
+    st.none() | st.integers(0, 999),
+    st.none()
+    | st.dictionaries(
+        st.text(max_size=9),
+        st.none() | st.booleans() | texts | st.integers(0, 1 << 60) | st.lists(texts, max_size=3),
+        max_size=3,
+    ),
+)
+
+
+@given(st.lists(events, max_size=4), st.integers(0, 1 << 40))
+def test_lines_say_what_events_say(batch: list[Event], first: int) -> None:
+    """Whoever wrote them and whoever reads them: another JSON library finds the same there."""
+    data = wire.encode_lines(batch, first, "2026-01-31T12:00:00.000000Z")
+    lines = data.split(b"\n")
+    assert lines.pop() == b""
+    assert len(lines) == len(batch)
+    assert [line.seq for line in wire.decode_lines(data)] == list(range(first, first + len(batch)))
+    for seq, (line, written) in enumerate(zip(lines, batch, strict=True), first):
+        assert list(orjson.loads(line)) == FIELDS
+        assert orjson.loads(line) == {
+            "v": 1,
+            "seq": seq,
+            "time": "2026-01-31T12:00:00.000000Z",
+            **written._asdict(),
+            "details": written.details or {},
+        }
+
+
+NO_LINES = {
+    "a lone surrogate": {"name": "\ud800"},
+    "too long": {"details": {"note": "x" * 8000}},
+    "a number beyond 64 bits": {"version": 1 << 64},
+    "no JSON": {"details": {"note": object()}},
+}
+
+
+@pytest.mark.parametrize("fields", NO_LINES.values(), ids=NO_LINES)
+def test_what_can_be_no_line_is_named_by_its_place(fields: dict[str, object], logs: Logs) -> None:
+    bad = logs.event()._replace(**fields)  # type: ignore[arg-type]
+    with pytest.raises(wire.Unwritable) as caught:
+        wire.encode_lines([logs.event(), bad, logs.event(), bad], 5, "")
+    assert sorted(caught.value.reasons) == [1, 3]
+    assert all(caught.value.reasons.values())
+
+
+NO_EVENTS = {
+    "half a line": lambda line: line[:50],
+    "bytes that were never written": lambda line: bytes(len(line)),
+    "an empty line": lambda line: b"",
+    "another document": lambda line: b"[1,2]",
+    "no UTF-8": lambda line: line.replace(b"TOKEN", b"T\xff").replace(b"secret.read", b"\xff"),
+    "no seq": lambda line: line.replace(b'"seq":6,', b""),
+    "a seq that is text": lambda line: line.replace(b'"seq":6,', b'"seq":"6",'),
+}
+
+
+@pytest.mark.parametrize("spoil", NO_EVENTS.values(), ids=NO_EVENTS)
+def test_lines_are_read_up_to_what_is_no_event(spoil: Callable[[bytes], bytes], logs: Logs) -> None:
+    batch = [logs.event("TOKEN") for _ in range(3)]
+    lines = wire.encode_lines(batch, 5, "2026-01-31T12:00:00.000000Z").splitlines()
+    spoilt = spoil(lines[1])
+    assert spoilt != lines[1]
+    data = b"\n".join([lines[0], spoilt, lines[2], b""])
+    assert [line.id for line in wire.decode_lines(data)] == [batch[0].id]
+
+
 @pytest.mark.parametrize(
     "character", ["a", "\0", "\x1f", '"', "\\", "\n", "\x7f", "é", "\U0001f511"]
 )
@@ -154,7 +238,7 @@ def test_the_worst_line_fits_into_8000_bytes_and_is_one_line(logs: Logs, charact
         ("secret", "f" * 16, character * 10_000), 500, 1 << 62,
         {"error": "decryption_failed", "key_id": "aabbccdd", "held": ["aabbccdd"] * 20},
     )  # fmt: skip
-    line = wire.encode_line(worst, 10**12, times.render(253402300799.0))
+    line = wire.encode_lines([worst], 10**12, times.render(253402300799.0))
     assert len(line) <= MAX_LINE == 8000
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
@@ -221,7 +305,7 @@ def test_segments_roll_at_their_age_also_in_another_process(logs: Logs) -> None:
     logs.clock.now += 0.2
     other.append([logs.event()])
     assert segments(logs.directory) == [0, 3]
-    assert [line["seq"] for line in log.catch_up()] == [3, 4]
+    assert [line.seq for line in log.catch_up()] == [3, 4]
     log.append([logs.event()])
     assert segments(logs.directory) == [0, 3]
     assert [line["seq"] for line in logs.lines()] == list(range(6))
@@ -247,7 +331,7 @@ def test_processes_follow_each_other_into_new_segments(logs: Logs) -> None:
         index = random.randrange(3)
         log = processes[index]
         assert log.changed() == (log.position < len(logs.lines()))
-        seen[index] += [line["seq"] for line in log.catch_up()]
+        seen[index] += [line.seq for line in log.catch_up()]
         assert not log.changed()
         assert log.position == len(logs.lines())
         begin = log.position
@@ -256,7 +340,7 @@ def test_processes_follow_each_other_into_new_segments(logs: Logs) -> None:
         check_only_appended(before, logs.contents())
         before = logs.contents()
     for index, log in enumerate(processes):
-        seen[index] += [line["seq"] for line in log.catch_up()]
+        seen[index] += [line.seq for line in log.catch_up()]
         assert seen[index] == list(range(len(logs.lines())))
         log.close()
     assert len(before) > 10
@@ -265,7 +349,7 @@ def test_processes_follow_each_other_into_new_segments(logs: Logs) -> None:
 def next_line(logs: Logs, offset: int = 0) -> bytes:
     """A line as the next event would be, but for its seq."""
     seq = len(logs.lines()) + offset
-    return wire.encode_line(logs.event("NEVER"), seq, times.render(logs.clock.now))
+    return wire.encode_lines([logs.event("NEVER")], seq, times.render(logs.clock.now))
 
 
 Tail = Callable[[Logs], bytes]
@@ -321,7 +405,7 @@ def test_a_torn_tail_stays_and_a_new_segment_begins(logs: Logs, tail: str, who: 
     assert [line["seq"] for line in logs.lines()] == list(range(size + 2))
     assert logs.lines()[-1]["name"] == "AFTER"
     # The one who wrote first finds his way, too, and so does a plain reader.
-    assert [line["seq"] for line in log.catch_up()] == [size, size + 1]
+    assert [line.seq for line in log.catch_up()] == [size, size + 1]
     log.append([logs.event("LAST")])
     chunks = list(ChunkReader(logs.directory).read(0, log.position))
     decoded = [wire.decode_line(raw) for chunk in chunks for raw in chunk.data.splitlines()]
@@ -335,7 +419,7 @@ def test_complete_lines_before_a_torn_one_count(logs: Logs) -> None:
     log = logs.open()
     log.append([logs.event()])
     logs.tear(next_line(logs) + next_line(logs, 1) + next_line(logs, 2)[:50])
-    assert [line["seq"] for line in log.catch_up()] == [2, 3]
+    assert [line.seq for line in log.catch_up()] == [2, 3]
     log.append([logs.event()])
     assert segments(logs.directory) == [0, 4]
     assert [line["seq"] for line in logs.lines()] == list(range(6))

@@ -74,7 +74,7 @@ def write(events: Path, log: Log) -> None:
         lines.append(wire.encode_header(header, seq, times.render(now), HEADER_BYTES))
         for seq in range(first + 1, first + chance.randint(2, 2 * log.segment)):
             now += chance.choice(STEPS)
-            lines.append(wire.encode_line(made_up(chance, seq), seq, times.render(now)))
+            lines.append(wire.encode_lines([made_up(chance, seq)], seq, times.render(now)))
         seq += 1
         torn = chance.choice((b"", b"", b'{"v":1,"id":"to', b"\0\0\0"))
         (events / segment_name(first)).write_bytes(b"".join(lines) + torn)

@@ -146,7 +146,7 @@ def longest(event_id: str, seq: int) -> Event:
         )
 
     # The first line of a segment may come before it, and its seq may have one more digit.
-    size = len(wire.encode_line(made("ü🔑\\"), seq + 1, "2026-01-31T12:00:00.000000Z"))
+    size = len(wire.encode_lines([made("ü🔑\\")], seq + 1, "2026-01-31T12:00:00.000000Z"))
     return made("ü🔑\\" + "x" * (MAX_LINE - size))
 
 

@@ -10,7 +10,7 @@ from flowmason_secrets import attempts, cli
 from flowmason_secrets.authentication import Authentication
 from flowmason_secrets.core import intents
 from flowmason_secrets.core.access import Caller
-from flowmason_secrets.core.events import Line
+from flowmason_secrets.core.events import Recorded
 from flowmason_secrets.core.intents import Admission, Changes, Intent
 from flowmason_secrets.core.records import Ref
 from flowmason_secrets.storage import engine
@@ -28,7 +28,7 @@ def _version_check() -> None:
 def _invalidation() -> None:
     """Changes of other processes are not noted, and what they replaced stays in the cache."""
 
-    def changed(line: Line) -> list[Ref]:
+    def changed(event: Recorded) -> list[Ref]:
         return []
 
     _replace(engine, "changed", changed)

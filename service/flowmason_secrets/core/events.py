@@ -1,7 +1,7 @@
 """Events: what is recorded of every access, refusal and change. FORMAT.md §5."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 from .access import Caller
 from .records import Ref
@@ -91,16 +91,31 @@ _CHANGES = frozenset(
 )
 
 
-def is_change(line: Line) -> bool:
+class Recorded(Protocol):
+    """An event of the log, as far as it tells what it made visible."""
+
+    @property
+    def action(self) -> str: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def org_id(self) -> str | None: ...
+    @property
+    def resource_id(self) -> str | None: ...
+    @property
+    def details(self) -> dict[str, Any]: ...
+
+
+def is_change(action: str, outcome: str) -> bool:
     """Whether the event made something visible, so that what others cached of it is outdated."""
-    return line["outcome"] == "success" and line["action"] in _CHANGES
+    return outcome == "success" and action in _CHANGES
 
 
-def changed(line: Line) -> list[Ref]:
+def changed(event: Recorded) -> list[Ref]:
     """What the event made visible; empty if it is no change."""
-    if not is_change(line):
+    if not is_change(event.action, event.outcome):
         return []
-    return _changed(line["action"], line["org_id"], line["resource_id"], line["details"])
+    return _changed(event.action, event.org_id, event.resource_id, event.details)
 
 
 def _changed(

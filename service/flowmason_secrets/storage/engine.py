@@ -168,9 +168,9 @@ class Engine:
             unpublished = False
             for line in log.catch_up():
                 for ref in changed(line):
-                    self._changes.record(ref, line["seq"] + 1)
+                    self._changes.record(ref, line.seq + 1)
                     self._env.cache.drop(ref)
-                    unpublished |= line["seq"] >= published
+                    unpublished |= line.seq >= published
             self._unsynced = True
             if unpublished or self._stuck is not None:
                 self._recover(log, lock)
@@ -216,7 +216,7 @@ class Engine:
             staged = leftovers.changes()
             newest: dict[Ref, str] = {}
             for line in log.lines(leftovers.position):
-                newest.update(dict.fromkeys(changed(line), line["id"]))
+                newest.update(dict.fromkeys(changed(line), line.id))
             due = [staged[place] for place in newest.items() if place in staged]
             if not self._published_again(due):
                 return
@@ -267,7 +267,7 @@ class Engine:
         """Commit on the reserve what the disk had no room for."""
         ids = {intent.event.id for intent in batch if intent.event is not None}
         log = self._caught_up(lock)
-        if any(line["id"] in ids for line in log.lines(position)):
+        if any(line.id in ids for line in log.lines(position)):
             # Some got into the log. That is allowed for what is not acknowledged, but once only.
             return [LogUnavailable.of(error) if intent.event else STALE for intent in batch]
         return self._commit_without_ordinary(batch, log, lock)

@@ -13,13 +13,14 @@ from typing import BinaryIO
 
 from ..core import times
 from ..core.errors import LogDamaged
-from ..core.events import Event, Line
+from ..core.events import Event
 from ..core.ports import Chunk, Sources
 from . import wire
 from .checkpoints import Checkpoints
 from .durable import SHARED_FILE, Durable
 from .minimum import MinimumFile
 from .published import Layout
+from .wire import Followed
 
 HEADER_BYTES = 1024
 _CHUNK = 1 << 20
@@ -111,7 +112,7 @@ class EventLog:
             os.close(self._segment.descriptor)
             self._segment = None
 
-    def catch_up(self) -> Iterator[Line]:
+    def catch_up(self) -> Iterator[Followed]:
         """The lines that were appended since, by whomever; following into new segments.
 
         Raises:
@@ -133,7 +134,7 @@ class EventLog:
         if segment is None or self._torn or self._sealed(segment, now):
             segment = self._roll(now)
         time = times.render(now)
-        data = b"".join(wire.encode_lines(events, self.position, time))
+        data = wire.encode_lines(events, self.position, time)
         self._durable.write(segment.descriptor, data)
         segment.end += len(data)
         self.position += len(events)
@@ -178,8 +179,8 @@ class EventLog:
             )
         return status.st_size != segment.end or self._exists(self.position)
 
-    def lines(self, start: int) -> Iterator[Line]:
-        """All lines from seq `start` on, decoded.
+    def lines(self, start: int) -> Iterator[Followed]:
+        """All lines from seq `start` on.
 
         Raises:
             LogDamaged: some are missing, or were archived.
@@ -190,8 +191,7 @@ class EventLog:
                 "which were archived. Decompress them into events/ and remove the file minimum."
             )
         for chunk in ChunkReader(self._directory).read(start, self.position):
-            for data in chunk.data.splitlines():
-                yield wire.decode_line(data)
+            yield from wire.decode_lines(chunk.data)
 
     def _sealed(self, segment: _Segment, now: float) -> bool:
         return segment.end >= self._limits.size or now - segment.born >= self._limits.age
@@ -207,7 +207,7 @@ class EventLog:
         self._torn = False
         self._foreign_name = True
 
-    def _chunks(self) -> Iterator[list[Line]]:
+    def _chunks(self) -> Iterator[list[Followed]]:
         """Whole valid lines behind the known end, a mebibyte at a time, segment after segment."""
         while True:
             if self._segment is not None:
@@ -217,7 +217,7 @@ class EventLog:
                 return
             self._enter(self.position)
 
-    def _rest(self, segment: _Segment) -> Iterator[list[Line]]:
+    def _rest(self, segment: _Segment) -> Iterator[list[Followed]]:
         while data := _behind(segment):
             lines, size = self._valid(data)
             if lines:
@@ -233,24 +233,18 @@ class EventLog:
                 "Compare it with your shipped copy before you go on."
             )
 
-    def _valid(self, data: bytes) -> tuple[list[Line], int]:
+    def _valid(self, data: bytes) -> tuple[list[Followed], int]:
         """The lines at the start of `data` that continue the log, and their size in bytes; what
         follows them is torn.
         """
-        lines: list[Line] = []
-        size = 0
-        for seq, raw in enumerate(data.split(b"\n")[:-1], self.position):
-            try:
-                line = wire.decode_line(raw)
-            except wire.Malformed:
+        lines = wire.decode_lines(data[: data.rfind(b"\n") + 1])
+        for place, line in enumerate(lines):
+            if line.seq != self.position + place:
+                del lines[place:]
                 break
-            if line["seq"] != seq:
-                break
-            lines.append(line)
-            size += len(raw) + 1
-        return lines, size
+        return lines, _place(data, len(lines), data.count(b"\n"))
 
-    def _advance(self, segment: _Segment, lines: list[Line], size: int) -> None:
+    def _advance(self, segment: _Segment, lines: list[Followed], size: int) -> None:
         if segment.end == 0:
             segment.born = _time(lines[0])
         segment.end += size
@@ -292,8 +286,8 @@ def _behind(segment: _Segment) -> bytes:
     return data if len(data) == missing else data[: data.rfind(b"\n") + 1] or data
 
 
-def _time(line: Line) -> float:
-    return times.parse_stored(line["time"])
+def _time(line: Followed) -> float:
+    return times.parse_stored(line.time)
 
 
 class ChunkReader:

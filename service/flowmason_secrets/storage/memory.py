@@ -148,8 +148,7 @@ class MemoryStore:
 
     def _append(self, events: Sequence[Event]) -> None:
         time = times.render(self._clock())
-        for seq, event in enumerate(events, self.position):
-            self._lines.append(wire.encode_line(event, seq, time))
+        self._lines += wire.encode_lines(events, self.position, time).splitlines(keepends=True)
 
     def _publish(self, change: Single) -> None:
         match change:
