@@ -6,16 +6,14 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import RawTestServer
 
 from flowmason_secrets import app
-from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import KeyDraft
 from flowmason_secrets.service import Service
 
 from .harness.operations import Beginnings
-from .harness.server import settings_for
+from .harness.server import Inside, settings_for
 from .harness.tally import TALLIES
 
 Client = Callable[..., Awaitable[aiohttp.ClientSession]]
@@ -70,7 +68,7 @@ def caller() -> Caller:
 async def client(service: Service) -> AsyncIterator[Client]:
     """Makes HTTP clients of a server over `service`: `await client(scopes=("read",))`."""
     sessions: list[aiohttp.ClientSession] = []
-    async with RawTestServer(Dispatcher(service)) as server:
+    async with Inside(service) as server:
 
         async def make(org: str = "acme", **draft: object) -> aiohttp.ClientSession:
             issued = await service.keys.issue(

@@ -17,14 +17,12 @@ from urllib.parse import quote
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import RawTestServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from yarl import URL
 
 from flowmason_secrets import app
 from flowmason_secrets.api.routes import ROUTES
-from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import Draft
 from flowmason_secrets.core.errors import LogUnavailable
@@ -37,6 +35,7 @@ from flowmason_secrets.storage.durable import Durable, StrPath
 from .conftest import Client
 from .harness.server import (
     MASTER_KEY,
+    Inside,
     ServerProcess,
     issue_key,
     key_ids,
@@ -90,7 +89,7 @@ async def over_http(data_dir: Path) -> AsyncIterator[aiohttp.ClientSession]:
     service = await app.open_service(settings_for(data_dir))
     try:
         async with (
-            RawTestServer(Dispatcher(service)) as server,
+            Inside(service) as server,
             session(str(server.make_url("/")), key) as client,
         ):
             yield client

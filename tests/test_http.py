@@ -24,16 +24,16 @@ from flowmason_secrets import app
 from flowmason_secrets.api import openapi
 from flowmason_secrets.api.problems import problem_response
 from flowmason_secrets.api.routes import ROUTES
-from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.config import Settings
 from flowmason_secrets.core import errors
 from flowmason_secrets.core.drafts import Draft, KeyDraft
 from flowmason_secrets.core.keyring import Plaintext
+from flowmason_secrets.core.ports import AuditQuery
 from flowmason_secrets.core.status import STATUS, outcome_of
 from flowmason_secrets.service import Service
 
 from .conftest import Client
-from .harness.server import MASTER_KEY, key_ids, serving, session, settings_for
+from .harness.server import MASTER_KEY, Inside, key_ids, serving, session, settings_for
 
 SECRETS = "/api/v1/secrets"
 API_KEYS = "/api/v1/auth/api-keys"
@@ -825,10 +825,60 @@ async def test_the_life_of_an_api_key(full: aiohttp.ClientSession, data_dir: Pat
 )
 async def test_ways_to_show_an_api_key(service: Service, header: str, template: str) -> None:
     issued = await service.keys.issue(app.local_caller("acme"), KeyDraft("n"))
-    async with RawTestServer(Dispatcher(service)) as server, aiohttp.ClientSession() as client:
+    async with Inside(service) as server, aiohttp.ClientSession() as client:
         sent = {header: template.format(issued.raw.reveal())}
         async with client.get(server.make_url(WHOAMI), headers=sent) as answer:
             assert (await answer.json())["api_key_id"] == issued.key.id
+
+
+async def test_each_request_of_a_connection_is_whose_key_it_carries(service: Service) -> None:
+    """What one request said of its sender is nothing that a later one has said."""
+    keys = {}
+    for org in ("acme", "globex"):
+        await service.set(app.local_caller(org), Draft("N", Plaintext(f"of {org}")))
+        issued = await service.keys.issue(app.local_caller(org), KeyDraft("n"))
+        keys[org] = issued.raw.reveal()
+    one, other = ({"Authorization": f"Bearer {keys[org]}"} for org in ("acme", "globex"))
+    plain, vault = f"{SECRETS}/N", "/v1/secret/data/N"
+    vaults = {"X-Vault-Token": keys["acme"]}
+    requests: list[tuple[str, dict[str, str], int, str, object]] = [
+        (plain, one, 200, "of acme", None),
+        (plain, one, 200, "of acme", None),
+        (plain, other, 200, "of globex", None),
+        (plain, {}, 401, "", None),
+        (plain, one | {"User-Agent": "another"}, 200, "of acme", None),
+        (plain, one | {"X-FlowMason-Peer": "uid=1;pid=2"}, 200, "of acme", 2),
+        (plain, one, 200, "of acme", None),
+        (plain, one | {"X-API-Key": keys["globex"]}, 200, "of acme", None),
+        (plain, {"X-API-Key": keys["globex"]}, 200, "of globex", None),
+        (vault, vaults, 200, "of acme", None),
+        (plain, vaults, 401, "", None),
+        (vault, vaults, 200, "of acme", None),
+        (vault, {"X-API-Key": keys["globex"]}, 200, "of globex", None),
+    ]
+    connections: list[object] = []
+
+    async def connected(*about: object) -> None:
+        connections.append(about)
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_end.append(connected)
+    async with (
+        Inside(service, vault=True) as server,
+        aiohttp.ClientSession(trace_configs=[trace]) as client,
+    ):
+        for path, headers, status, value, pid in requests:
+            async with client.get(server.make_url(path), headers=headers) as answer:
+                text = await answer.text()
+                assert (answer.status, value in text) == (status, True), (path, headers, text)
+            if status == 200:
+                org = value.removeprefix("of ")
+                query = AuditQuery(org, limit=1)
+                (event,) = await service.audit(app.local_caller(org), query)
+                agent = headers.get("User-Agent", aiohttp.http.SERVER_SOFTWARE)
+                assert (event["user_agent"], event["details"].get("peer_pid")) == (agent, pid)
+    assert len(connections) == 1
+    await service.failures.flush()
 
 
 async def test_one_answer_for_every_key_that_is_not_live(service: Service) -> None:
@@ -858,7 +908,7 @@ async def test_one_answer_for_every_key_that_is_not_live(service: Service) -> No
         {"X-API-Key": revoked.raw.reveal()},
     ]
     await service.set(caller, Draft("N", Plaintext("v")))
-    async with RawTestServer(Dispatcher(service)) as server, aiohttp.ClientSession() as client:
+    async with Inside(service) as server, aiohttp.ClientSession() as client:
         for route in (route for route in ROUTES if route.scopes):
             path = route.template.replace("{name}", "N").replace("{id}", live.key.id)
             seen = set()
@@ -926,7 +976,7 @@ async def test_a_revoked_key_is_refused_at_once(
     await put(admin, "N")
     other = await app.open_service(settings_for(data_dir))
     try:
-        async with RawTestServer(Dispatcher(other)) as second:
+        async with Inside(other) as second:
             for _ in range(5):
                 made = (await ask(admin, "POST", API_KEYS, {"name": "n"})).body
                 bearer = {"Authorization": f"Bearer {made['raw_key']}"}
@@ -1130,7 +1180,7 @@ async def test_refusals_and_failures_are_events(
     settings = app.with_overrides(settings_for(data_dir), master_keys=("another" * 6,))
     stranger = await app.open_service(settings)
     try:
-        async with RawTestServer(Dispatcher(stranger)) as server:
+        async with Inside(stranger) as server:
             attempts = [
                 (403, "secret.read", "denied", ask(reader, "GET", f"{SECRETS}/N")),
                 (403, "secret.delete", "denied", ask(reader, "DELETE", f"{SECRETS}/N")),

@@ -13,13 +13,11 @@ from urllib.parse import quote
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import RawTestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from yarl import URL
 
 from flowmason_secrets import app
-from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.config import Settings
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import Draft, KeyDraft
@@ -32,7 +30,7 @@ from flowmason_secrets.core.records import Metadata
 from flowmason_secrets.service import Service
 
 from .harness.legacy import Legacy, LegacyStore
-from .harness.server import MASTER_KEY, key_ids
+from .harness.server import MASTER_KEY, Inside, key_ids
 
 OTHER_KEY = "quite another master key of 32 characters"
 
@@ -194,7 +192,7 @@ async def over_http(store: LegacyStore, *master_keys: str) -> AsyncIterator[Http
     """A server over 1.0's store, and a client with a full-scope key."""
     async with (
         opened(store, *master_keys) as service,
-        RawTestServer(Dispatcher(service)) as server,
+        Inside(service) as server,
     ):
         issued = await service.keys.issue(app.local_caller(store.org), KeyDraft("test"))
         headers = {"Authorization": f"Bearer {issued.raw.reveal()}"}
@@ -418,7 +416,7 @@ async def test_a_wrong_key_changes_nothing(store: LegacyStore, wrong: tuple[str,
             await service.get(caller, "TOKEN")
         assert failed.value.held == held
         assert "hidden value" not in str(failed.value)
-        async with RawTestServer(Dispatcher(service)) as server:
+        async with Inside(service) as server:
             issued = await service.keys.issue(caller, KeyDraft("test"))
             headers = {"X-API-Key": issued.raw.reveal()}
             async with aiohttp.ClientSession(headers=headers) as session:

@@ -23,7 +23,6 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import RawTestServer
 from msgspec import Raw
 from yarl import URL
 
@@ -31,7 +30,6 @@ from flowmason_secrets import app
 from flowmason_secrets.api import answers, shapes, vault, vaultface
 from flowmason_secrets.api import server as api_server
 from flowmason_secrets.api.problems import problem_response
-from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.config import Settings
 from flowmason_secrets.core import errors
 from flowmason_secrets.core.access import Caller
@@ -46,7 +44,7 @@ from flowmason_secrets.library import AsyncSecretsService
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage.durable import Durable
 
-from .harness.server import issue_key, settings_for
+from .harness.server import Inside, issue_key, settings_for
 
 PATIENCE = 20.0
 SECRETS = "/api/v1/secrets"
@@ -584,7 +582,7 @@ async def _refused(
     sent = {"Content-Type": "application/json"}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     async with (
-        RawTestServer(Dispatcher(service)) as server,
+        Inside(service) as server,
         aiohttp.ClientSession() as client,
         client.post(server.make_url(path), data=body, headers=sent) as answer,
     ):
@@ -679,7 +677,7 @@ async def test_no_traceback_of_the_face_for_vault_shows_anything(
 
     monkeypatch.setattr(vaultface, "FACE", replace(vaultface.FACE, problem=observed))
     async with (
-        RawTestServer(Dispatcher(service, vault=True)) as server,
+        Inside(service, vault=True) as server,
         aiohttp.ClientSession(headers={"X-Vault-Token": key} | more) as client,
         client.post(
             URL(f"{server.make_url('/v1/secret/data/')}{path}", encoded=True),

@@ -12,12 +12,10 @@ from urllib.parse import urlencode
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import RawTestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowmason_secrets.api import trail
-from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.app import local_caller
 from flowmason_secrets.core import times
 from flowmason_secrets.core.drafts import KeyDraft
@@ -34,6 +32,7 @@ from flowmason_secrets.storage.published import Layout, Published
 
 from .conftest import MEMORY, Client
 from .harness.operations import open_on
+from .harness.server import Inside
 from .harness.truth import key_file
 
 AUDIT = "/api/v1/auth/audit-log"
@@ -232,7 +231,7 @@ async def ask_all(root: Path, block: int, asked: list[Question]) -> None:
     await service.recover()
     sessions: dict[tuple[str, bool], aiohttp.ClientSession] = {}
     try:
-        async with RawTestServer(Dispatcher(service)) as server:
+        async with Inside(service) as server:
             for org, limited in [(org, limited) for org in ORGS[:2] for limited in (False, True)]:
                 draft = KeyDraft("test", ("read",), tuple(ALLOWED) if limited else ())
                 issued = await service.keys.issue(local_caller(org or ""), draft)
@@ -296,7 +295,7 @@ async def test_the_readiness_check_says_how_far_the_index_is(tmp_path: Path) -> 
         await asyncio.sleep(0)
     seen: list[Line] = []
     async with (
-        RawTestServer(Dispatcher(service)) as server,
+        Inside(service) as server,
         aiohttp.ClientSession(server.make_url("/")) as session,
     ):
         while not seen or "keys" not in seen[-1]:

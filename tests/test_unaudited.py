@@ -10,16 +10,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import RawTestServer
 
 from flowmason_secrets import app
-from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.core.drafts import KeyDraft
 from flowmason_secrets.core.errors import LogUnavailable
 from flowmason_secrets.storage import wire
 
 from .harness.faults import Faulty, io_error, no_space, short_write
-from .harness.server import issue_key, serving, session, settings_for
+from .harness.server import Inside, issue_key, serving, session, settings_for
 
 SECRETS = "/api/v1/secrets"
 KEYS = "/api/v1/auth/api-keys"
@@ -145,7 +143,7 @@ async def broken(request: pytest.FixtureRequest, data_dir: Path) -> AsyncIterato
     issued = await service.keys.issue(app.local_caller("acme"), KeyDraft("test"))
     headers = {"Authorization": f"Bearer {issued.raw.reveal()}"}
     async with (
-        RawTestServer(Dispatcher(service)) as server,
+        Inside(service) as server,
         aiohttp.ClientSession(server.make_url("/"), headers=headers) as client,
     ):
         for name in ("TOKEN", "OTHER"):

@@ -40,11 +40,12 @@ class Authentication:
         Raises:
             Unauthenticated: unknown, expired or revoked.
         """
-        return self.recall(api_key) or await self._look_up(_digest(api_key))
+        found = digest(api_key)
+        return self.recall(found) or await self.look_up(found)
 
-    def recall(self, api_key: Plaintext) -> tuple[Principal, int] | None:
+    def recall(self, digest: str) -> tuple[Principal, int] | None:
         """The same as far as it is in memory; None for a key that has to be looked up."""
-        known = self._known.get(_digest(api_key))
+        known = self._known.get(digest)
         if known is not None:
             expires_at = known[0].expires_at
             if expires_at is not None and expires_at <= self._clock():
@@ -61,10 +62,15 @@ class Authentication:
         if digest is None:
             return caller
         self._known.pop(digest, None)
-        principal, as_of = await self._look_up(digest)
+        principal, as_of = await self.look_up(digest)
         return caller._replace(principal=principal, as_of=as_of)
 
-    async def _look_up(self, digest: str) -> tuple[Principal, int]:
+    async def look_up(self, digest: str) -> tuple[Principal, int]:
+        """The same, from the store.
+
+        Raises:
+            Unauthenticated: unknown, expired or revoked.
+        """
         as_of = self._store.position
         key = await self._store.load_api_key(digest)
         if key is None or not key.is_live(self._clock()):
@@ -75,7 +81,8 @@ class Authentication:
         return known
 
 
-def _digest(api_key: Plaintext) -> str:
+def digest(api_key: Plaintext) -> str:
+    """What is kept of an API key: its SHA-256, in hex."""
     return hashlib.sha256(api_key.reveal().encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -9,16 +9,36 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+from aiohttp.test_utils import BaseTestServer
+from aiohttp.web_runner import ServerRunner
 
 from flowmason_secrets import app
+from flowmason_secrets.api.connections import Budget, Limits, Server
+from flowmason_secrets.api.server import Dispatcher
 from flowmason_secrets.config import Settings
 from flowmason_secrets.core.drafts import KeyDraft
 from flowmason_secrets.core.keyring import DEFAULT_KEY_ID, MasterKey
+from flowmason_secrets.service import Service
 
 MASTER_KEY = "a master key for tests, 32 characters or more"
 
 # Disks of tests are small, and there are many of them.
 SMALL = {"FLOWMASON_SECRETS_RESERVE_BYTES": "0", "FLOWMASON_SECRETS_FREE_SPACE_WARNING": "0"}
+
+
+class Inside(BaseTestServer):
+    """The server in the process of the test, for a service that the test has opened."""
+
+    def __init__(self, service: Service, *, vault: bool = False) -> None:
+        super().__init__()
+        self._service = service
+        self._vault = vault
+
+    async def _make_runner(self, **_: object) -> ServerRunner:
+        limits = Limits()
+        budget = Budget(limits.request_bytes)
+        dispatcher = Dispatcher(self._service, budget, vault=self._vault)
+        return ServerRunner(Server(dispatcher, limits, budget, knows_list=self._vault))
 
 
 async def issue_key(data_dir: Path, org: str = "acme", **draft: object) -> str:

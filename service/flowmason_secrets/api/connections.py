@@ -12,6 +12,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from aiohttp.web_request import BaseRequest
 
+from ..core.access import Sender
 from ..core.errors import Overloaded, SecretsError
 from .framing import MAX_HEAD, Framing
 from .problems import RequestError, malformed, problem_response
@@ -93,6 +94,8 @@ class Connection(RequestHandler):
         self._whole = True
         self._refused = False
         self._framing = Framing() if server.knows_list else None
+        # What a request depended on, and what it said of who sent it.
+        self.sender: tuple[object, Sender] | None = None
         # What it has of the budget: received and not answered; not taken.
         self._held = 0
         self._unread = 0

@@ -67,6 +67,17 @@ class Peer(NamedTuple):
     pid: int
 
 
+class Sender(NamedTuple):
+    """What a request says of who sent it: the SHA-256 of the API key, the address, the user agent,
+    and for whom it asks.
+    """
+
+    digest: str
+    client_ip: str | None
+    user_agent: str | None
+    peer: Peer | None
+
+
 class Caller(NamedTuple):
     """A principal together with the request it makes.
 
