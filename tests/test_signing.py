@@ -560,6 +560,32 @@ async def test_the_work_is_not_the_committers(service: Service) -> None:
     assert {name.rpartition("_")[0] for name in threads} == {"flowmason-sign"}
 
 
+async def test_lines_are_hashed_in_portions_before_they_are_signed(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nobody waits while those of a whole second are hashed at once."""
+    monkeypatch.setattr(signer_module, "INTERVAL", 3600.0)
+    service = await app.open_service(settings_for(data_dir), signs=True)
+    grown: list[int] = []
+    grow = service.signer._tree.grow
+
+    def noted(position: int, most: int) -> int:
+        grown.append(grow(position, most))
+        return grown[-1]
+
+    monkeypatch.setattr(service.signer._tree, "grow", noted)
+    await write(service, 600)
+    await until(lambda: grown[-1:] == [service._store.position])
+    assert not (data_dir / "checkpoint").exists()
+    steps = [after - before for before, after in itertools.pairwise([0, *grown])]
+    assert max(steps) <= signer_module._PORTION < 600 < sum(steps)
+    for tile in ("000", "001"):
+        assert (data_dir / "tree" / "tile" / "0" / tile).stat().st_size == 256 * 32
+    # It signs when it ends.
+    await service.close()
+    check_signed(data_dir, key_of(data_dir))
+
+
 # --- in the log itself ------------------------------------------------------------------------
 
 

@@ -24,6 +24,12 @@ _log = logging.getLogger(__name__)
 INTERVAL = 1.0
 ANCHOR_EVERY = 3600.0
 
+# While the log grows, so many of its lines at most are hashed every so many seconds: those of a
+# whole second at once would hold up everything else in this process. Whether it grows is seen soon.
+_PORTION = 256
+_TICK = 0.015
+_SOON = 0.1
+
 # Seconds until the next attempt after an error.
 _AFTER_ERROR = 5.0
 
@@ -44,6 +50,8 @@ class LogSigner:
         self._closing = asyncio.Event()
         # Whether this process has the lock, and has checked the log since.
         self._leads = False
+        # How many events are hashed.
+        self._size = 0
         self._cosigner = Cosigner(backend.witnesses, self._tree, self._run, sources)
 
     async def open(self) -> None:
@@ -82,16 +90,29 @@ class LogSigner:
 
     async def _follow(self) -> None:
         pause = INTERVAL
-        while not await self._closed_within(pause):
-            pause = INTERVAL
+        while not self._closing.is_set():
             try:
-                await self._step()
+                if not await self._closed_after(pause):
+                    pause = INTERVAL
+                    await self._step()
             except Exception as error:
                 _report(error)
                 # Nothing that was in memory is trusted any more.
                 self._leads = False
                 await self._run(self._tree.close)
                 pause = _AFTER_ERROR
+
+    async def _closed_after(self, seconds: float) -> bool:
+        """Wait, and hash in the meantime what is new."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (left := end - loop.time()) > 0:
+            grows = self._leads and self._size < self._store.position
+            if await self._closed_within(min(left, _TICK if grows else _SOON)):
+                break
+            if grows:
+                self._size = await self._run(self._tree.grow, self._store.position, _PORTION)
+        return self._closing.is_set()
 
     async def _closed_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -115,7 +136,9 @@ class LogSigner:
         """Sign the log as it is now, or a part of what is new if that is much; `open` has returned,
         and no other process signs.
         """
-        return await self._run(self._tree.sign, await self._position())
+        progress = await self._run(self._tree.sign, await self._position())
+        self._size = progress.size
+        return progress
 
     async def _anchor(self, progress: Progress) -> None:
         """Put the checkpoint into the log where shippers take it along, if it is time to."""

@@ -294,8 +294,8 @@ class Progress(NamedTuple):
 
 
 class Tree(Protocol):
-    """The Merkle tree of the log and its checkpoints. Blocking: `lead`, `begin`, `check`, `sign`,
-    `cosign`, `record_witnesses` and `close` in one worker thread, the others in any.
+    """The Merkle tree of the log and its checkpoints. Blocking: `lead`, `begin`, `check`, `grow`,
+    `sign`, `cosign`, `record_witnesses` and `close` in one worker thread, the others in any.
     """
 
     def lead(self) -> bool:
@@ -317,15 +317,16 @@ class Tree(Protocol):
             LogDamaged: the log is shorter than what was signed, or another one.
         """
 
+    def grow(self, position: int, most: int) -> int:
+        """Do so many events' part of the next `sign` already; how many events have theirs now."""
+
     def sign(self, position: int) -> Progress:
         """Sign a checkpoint over the log up to `position`, or less of it if there is much; durable
         when this returns. Only if this process leads.
         """
 
     def newest(self, *, cosigned: bool = False) -> bytes | None:
-        """The newest checkpoint, or the newest that a witness has cosigned; None before there is
-        one.
-        """
+        """The newest checkpoint, or the newest with a cosignature; None before there is one."""
 
     def tile(self, tile: Tile) -> bytes | None:
         """The hashes of a tile that the newest checkpoint covers; None if it does not."""

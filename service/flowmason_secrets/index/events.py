@@ -132,6 +132,8 @@ def _extend(
     for chunk in _batch(tail, known, *bounds):
         columns.read(chunk, terms)
     if columns.last is None:
+        if known.position < tail.minimum().minimum:
+            raise Damaged("the events that follow were archived")
         raise LogDamaged(f"The log ends before event {known.position}, which was acknowledged.")
     connection.executemany(
         "insert into event values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", columns.rows()
@@ -152,7 +154,8 @@ def _extend(
 def _batch(tail: Tail, known: State, stop: int, most: int) -> Iterator[Chunk]:
     """The next lines, not over the end of a block."""
     start, end = known.position, 0
-    for chunk in tail.chunks(start, stop):
+    # What is at the beginning of the log, only the first chunk tells.
+    for chunk in tail.chunks(start, min(stop, start + most) if start else stop):
         if not end:
             if chunk.first > start > 0:
                 raise Damaged(f"the log begins with event {chunk.first} by now")

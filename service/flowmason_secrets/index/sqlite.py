@@ -33,8 +33,9 @@ _Result = TypeVar("_Result")
 
 _TOO_MANY = "gives more than {:,} counts; take 'day', or a shorter time between 'since' and 'until'"
 
-# Steps of the background, each some ten milliseconds long: a query waits for at most one.
-_EVENTS = 1024
+# Steps of the background, each some milliseconds long: a query waits for at most one, and so does
+# whatever else there is to do in this process.
+_EVENTS = 512
 _SECRETS = 128
 
 # How many secrets a listing looks at before other queries get their turn.
@@ -42,7 +43,7 @@ _SCAN = 2048
 
 # The background works for at most so long without a pause, pauses thirty-nine times as long as
 # it worked (three times while it is in a hurry), and for a while after an error. Seconds.
-_WORK = 0.05
+_WORK = 0.002
 _PAUSE = 0.5
 _REST = 39
 _REST_IN_HURRY = 3

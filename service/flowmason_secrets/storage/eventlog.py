@@ -24,6 +24,8 @@ from .wire import Followed
 
 HEADER_BYTES = 1024
 _CHUNK = 1 << 20
+# About so many bytes has a line, as a rule.
+_LINE = 512
 _SEGMENT = re.compile(r"audit-([0-9]{12})\.ndjson")
 
 
@@ -341,7 +343,7 @@ class ChunkReader:
         seq, offset = _near(file, start, (seq, offset))
         file.seek(offset)
         while seq < stop:
-            data = file.read(_CHUNK) + file.readline()
+            data = file.read(min(_CHUNK, (stop - seq) * _LINE)) + file.readline()
             lines = data.count(b"\n")
             if not lines:
                 raise LogDamaged(f"{segment_name(first)} ends before event {seq}.")

@@ -31,7 +31,7 @@ from .witnesses import WitnessStates
 # How many lines are hashed before others get their turn: some fifty milliseconds.
 _STEP = 1 << 16
 
-# Of how many lines that may not be the signed ones it is looked whether they are.
+# How many lines that may not be the signed ones are looked at.
 _SUSPECTS = 1000
 
 _ANCHOR = b'"action":"log.checkpoint"'
@@ -150,8 +150,7 @@ class FilesTree:
         try:
             self._consistent(edge, signed)
         except Unverified:
-            # A tile is wrong, or the lines are.
-            self._rebuilt(signed)
+            self._rebuilt(signed)  # A tile is wrong, or the lines are.
             try:
                 self._consistent(edge, signed)
             except Unverified:
@@ -253,13 +252,18 @@ class FilesTree:
 
     # --- signing ----------------------------------------------------------------------------
 
-    def sign(self, position: int) -> Progress:
-        """See `Tree.sign`."""
-        stop = min(position, self._edge.size + _STEP)
+    def grow(self, position: int, most: int) -> int:
+        """See `Tree.grow`."""
+        stop = min(position, self._edge.size + most)
         for chunk in whole_chunks(self._reader, self._edge.size, stop):
             self._note(chunk)
             for tile, data in self._edge.extend(hashes_of(chunk)):
                 self._files.put(tile, data)
+        return self._edge.size
+
+    def sign(self, position: int) -> Progress:
+        """See `Tree.sign`."""
+        self.grow(position, _STEP)
         if self._edge.size > (self._signed[0].statement.size if self._signed else 0):
             self._publish()
         note = self._signed[0].note.decode() if self._signed else ""
