@@ -18,9 +18,11 @@ class Framing:
     parser, that is stricter: from there on it only passes on.
     """
 
-    __slots__ = ("_chunked", "_kept", "_left", "_lost", "_trailers")
+    __slots__ = ("_chunked", "_fields", "_kept", "_left", "_lost", "_trailers")
 
     def __init__(self) -> None:
+        # All but the first line of the last plain request: the next one may end in the same.
+        self._fields = b""
         # What was passed on of the head or the line that is arriving.
         self._kept = b""
         # Bytes that are left of a body or a chunk, with the end of the line behind it.
@@ -35,7 +37,7 @@ class Framing:
         if self._left >= len(data) or self._lost:
             self._left -= 0 if self._lost else len(data)
             return data
-        if not (self._kept or self._left or self._chunked) and _is_plain(data):
+        if not (self._kept or self._left or self._chunked) and self._is_plain(data):
             return data
         before = len(self._kept)
         whole = self._kept + data
@@ -50,6 +52,23 @@ class Framing:
         if self._lost:
             self._kept = b""
         return bytes(changed[before:])
+
+    def _is_plain(self, data: bytes) -> bool:
+        """Whether it is one request without a body, as nearly all are, and not LIST."""
+        if data[0] in b"L\r\n":
+            return False
+        fields = data[data.find(_LINE) :]
+        if fields == self._fields:
+            return True
+        head = fields.lower()
+        plain = (
+            len(head) - head.find(_END) == len(_END)
+            and b"content-length" not in head
+            and b"transfer-encoding" not in head
+        )
+        if plain:
+            self._fields = fields
+        return plain
 
     def _step(self, whole: bytes, changed: bytearray, place: int) -> int | None:
         """Go on from this place. Returns where to; None if it has to be tried again with more."""
@@ -101,15 +120,6 @@ class Framing:
             self._left = size + len(_LINE)
         self._trailers = size == 0
         return end + len(_LINE)
-
-
-def _is_plain(data: bytes) -> bool:
-    """Whether it is one request without a body, as nearly all are, and not LIST."""
-    end = data.find(_END)
-    if end < 0 or end != len(data) - len(_END) or data[0] in b"L\r\n":
-        return False
-    head = data.lower()
-    return b"content-length" not in head and b"transfer-encoding" not in head
 
 
 def _replace(changed: bytearray, place: int) -> None:
