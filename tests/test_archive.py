@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from tlog_scales.reader import TilesReader
 
 from flowmason_secrets import app
 from flowmason_secrets.archiving import Archived
+from flowmason_secrets.cli.verify import verified
 from flowmason_secrets.core import checkpoint, merkle, times, tlogproof
 from flowmason_secrets.core.drafts import Draft
 from flowmason_secrets.core.errors import (
@@ -35,6 +37,7 @@ from flowmason_secrets.core.keyring import Plaintext
 from flowmason_secrets.core.ports import AuditQuery, Grouping, ListQuery
 from flowmason_secrets.core.tiles import Edge
 from flowmason_secrets.service import Service
+from flowmason_secrets.storage import scanning
 from flowmason_secrets.storage.archive import Target
 from flowmason_secrets.storage.compression import Form
 from flowmason_secrets.storage.durable import Durable
@@ -44,6 +47,7 @@ from flowmason_secrets.storage.minimum import MinimumFile
 from flowmason_secrets.storage.published import Layout
 from flowmason_secrets.storage.signing import SigningKey
 from flowmason_secrets.storage.staging import Journal
+from flowmason_secrets.verifying import Request
 
 from .harness.faults import Failing, Stopping, Watched, io_error
 from .harness.following import AUDIT, Stream
@@ -828,3 +832,44 @@ async def test_it_is_verified_with_the_archive_and_without(log: Log, form: Form)
     assert part in ended.out
     assert "could not be compared" in ended.err
     assert "complete from" not in (await verified(f"--archive={log.to}")).out
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_verification_during_which_it_is_archived_begins_again(
+    log: Log, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it has listed the segments, and after: they are gone, and nothing is wrong."""
+    listed, minimum = scanning.sources, log.minimum
+
+    def sources(events: Path, archives: Sequence[Path]) -> list[scanning.Source]:
+        monkeypatch.undo()
+        if moment == "before":
+            asyncio.run(archived(log))
+        found = listed(events, archives)
+        if moment == "after":
+            asyncio.run(archived(log))
+        return found
+
+    monkeypatch.setattr(scanning, "sources", sources)
+    request = Request(log.root, [verifier_of(key_of(log.root))])
+    verdict = verified(request)
+    assert verdict.differences == []
+    assert verdict.absent == log.minimum > minimum
+    # What is missing and was not archived is missed.
+    (log.root / "minimum").unlink()
+    assert verified(request).count
+
+
+def test_what_vanishes_and_was_not_archived_ends_it(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = scanning.sources
+
+    def sources(events: Path, archives: Sequence[Path]) -> list[scanning.Source]:
+        found = listed(events, archives)
+        log.segment(log.firsts[1]).unlink()
+        return found
+
+    monkeypatch.setattr(scanning, "sources", sources)
+    with pytest.raises(FileNotFoundError):
+        verified(Request(log.root, [verifier_of(key_of(log.root))]))

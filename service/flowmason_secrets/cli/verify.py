@@ -20,7 +20,7 @@ from . import output, progress
 from .where import json_option
 
 if TYPE_CHECKING:
-    from ..verifying import Verdict
+    from ..verifying import Request, Verdict
 
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -140,9 +140,7 @@ def verify(
     and the order of times. It writes nothing, and may run beside a server. Exit code 1 if anything
     differs.
     """
-    # The other commands need not wait for it.
-    from .. import verifying
-    from ..walking import Archived
+    from .. import verifying  # The other commands need not wait for it.
 
     settings = config.from_environment()
     if data_dir is not None:
@@ -157,17 +155,14 @@ def verify(
         raise click.UsageError("--event goes with --receipt.")
     if not (settings.root / "events").is_dir():
         raise ConfigurationError(f"There is no event log in {settings.root}.")
-    archived = MinimumFile.beside(settings.root / "events").read()
     request = verifying.Request(
         settings.root,
         keys.verifiers,
         None if since is None else since.read_bytes(),
         archives,
-        Archived(archived.minimum, archived.edge),
-        len(supervisor.places(0)),
+        processes=len(supervisor.places(0)),
     )
-    with progress.telling("Verifying") as advance:
-        verdict = verifying.verify(request, advance)
+    verdict = verified(request)
     if as_json:
         output.document(_report(verdict, keys))
     else:
@@ -196,6 +191,31 @@ def _decoded(vkey: str) -> Verifier:
         return Verifier.decode(vkey)
     except (Unverified, OSError, ValueError) as error:
         raise click.BadParameter(f"{error}. {_HOW}", param_hint="--vkey") from None
+
+
+def verified(request: "Request") -> "Verdict":
+    """The verdict over a log of which some may be archived meanwhile: what is not where it was then
+    is no difference, and it begins again.
+
+    Raises:
+        OSError: something can't be read.
+        LogDamaged: it can't be found out what was archived.
+    """
+    from .. import verifying
+    from ..walking import Archived
+
+    minimum = MinimumFile.beside(request.root / "events")
+    while True:
+        before = minimum.read()
+        request = replace(request, archived=Archived(before.minimum, before.edge))
+        try:
+            with progress.telling("Verifying") as advance:
+                verdict = verifying.verify(request, advance)
+            if not verdict.count or minimum.read() == before:
+                return verdict
+        except FileNotFoundError:
+            if minimum.read() == before:
+                raise
 
 
 # --- the whole log ----------------------------------------------------------------------------
