@@ -78,26 +78,18 @@ class Reading:
         Raises:
             SecretExpired, SecretDamaged, DecryptionFailed: and no value.
         """
-        sealed = await self._sealed(attempt, record)
+        sealed = await self.sealed(attempt, record)
         refusal = sealed.open()
         if refusal is not None:
             raise refusal
         return sealed.value
 
-    async def decrypt_later(self, attempt: Attempt, record: SecretRecord) -> Sealed:
-        """The same, decrypted when the batch of the attempt closes, together with all others of
-        that batch: one after the other they take half the time, as the processor has the code of
-        the ciphers at hand then.
+    async def sealed(self, attempt: Attempt, record: SecretRecord) -> Sealed:
+        """The same, still to be decrypted.
 
         Raises:
-            SecretExpired, SecretDamaged: and no value. The attempt itself may become a
-                DecryptionFailed.
+            SecretExpired, SecretDamaged: and no value.
         """
-        sealed = await self._sealed(attempt, record)
-        attempt.prepare = sealed.open
-        return sealed
-
-    async def _sealed(self, attempt: Attempt, record: SecretRecord) -> Sealed:
         metadata, _, _, damage = record
         if metadata.is_expired(self._clock()):
             raise errors.SecretExpired(metadata.name, metadata.expires_at or "")

@@ -83,7 +83,11 @@ class Service:
         async def step(attempt: Attempt) -> tuple[Metadata, Sealed]:
             _permit(attempt.caller, name)
             record = await self._reading.read(attempt, name)
-            return record.metadata, await self._reading.decrypt_later(attempt, record)
+            sealed = await self._reading.sealed(attempt, record)
+            # All of a batch are decrypted one after the other, which takes half the time: the
+            # processor has the code of the ciphers at hand.
+            attempt.prepare = sealed.open
+            return record.metadata, sealed
 
         (metadata, sealed), receipt = await self._path.perform(caller, "secret.read", name, step)
         return Revealed(metadata, sealed.value, receipt)

@@ -56,6 +56,7 @@ class Dispatcher:
         vault: bool = False,
     ) -> None:
         self._service = service
+        self._authentication = service.authentication
         self.budget = budget or Budget(Limits().request_bytes)
         self._body_timeout = body_timeout
         self._behind_proxy = behind_proxy
@@ -89,7 +90,12 @@ class Dispatcher:
                 face = self._vault
             route, params = _route(face, raw.method, path)
             decoded = face.query(query, route.known_query) if query else {}
-            caller = await self._caller(raw, face, request_id) if route.scopes else _NOBODY
+            caller = _NOBODY
+            if route.scopes:
+                fingerprint, address, agent, peer = self._sender(raw, face)
+                found = self._authentication.recall(fingerprint)
+                known = found or await self._authentication.look_up(fingerprint)
+                caller = Caller(*known, address, agent, request_id, peer)
             call = Call(raw, caller, params, decoded, self.budget, self._body_timeout)
             return await route.handler(self._service, call)
         except SecretsError as error:
@@ -115,12 +121,6 @@ class Dispatcher:
         if self._active:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), seconds)
-
-    async def _caller(self, raw: BaseRequest, face: Face, request_id: str) -> Caller:
-        fingerprint, address, agent, peer = self._sender(raw, face)
-        authentication = self._service.authentication
-        known = authentication.recall(fingerprint) or await authentication.look_up(fingerprint)
-        return Caller(*known, address, agent, request_id, peer)
 
     def _sender(self, raw: BaseRequest, face: Face) -> Sender:
         """Clients that keep a connection open tend to send the same headers again."""
