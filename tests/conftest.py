@@ -8,12 +8,14 @@ import aiohttp
 import pytest
 
 from flowmason_secrets import app
+from flowmason_secrets.core import keyring
 from flowmason_secrets.core.access import Caller
 from flowmason_secrets.core.drafts import KeyDraft
 from flowmason_secrets.service import Service
 
 from .harness.operations import Beginnings
 from .harness.server import Inside, settings_for
+from .harness.swift import derived_once
 from .harness.tally import TALLIES
 
 Client = Callable[..., Awaitable[aiohttp.ClientSession]]
@@ -28,6 +30,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for tally in TALLIES:
         for line in tally.lines():
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_keys() -> Iterator[None]:
+    """No process of tests derives a key twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keyring, "_pbkdf2", derived_once)
+        yield
 
 
 @pytest.fixture

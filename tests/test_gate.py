@@ -104,6 +104,18 @@ async def test_reads_that_wait_together_share_one_sync(stores: Stores, tmp_path:
     assert len({verdict.seq for verdict in verdicts if isinstance(verdict, Receipt)}) == 64
 
 
+async def test_a_batch_is_not_larger_than_the_loop_can_bear(stores: Stores) -> None:
+    disk = Watched()
+    store = stores(disk)
+    await store.commit([put("A")])
+    gate, position = Gate(store), store.position
+    disk.steps.clear()
+    verdicts = await asyncio.gather(*(gate.submit(read("A")) for _ in range(2500)))
+    assert disk.steps == ["write", "sync"] * 3
+    seqs = [verdict.seq for verdict in verdicts if isinstance(verdict, Receipt)]
+    assert seqs == list(range(position, position + 2500))
+
+
 async def test_changes_that_wait_together_share_two_syncs(stores: Stores) -> None:
     disk = Watched()
     store = stores(disk)

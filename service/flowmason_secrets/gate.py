@@ -13,6 +13,8 @@ from .core.ports import STALE, Store, Verdict
 
 # How many intents may wait before others are turned away.
 QUEUE_LIMIT = 10_000
+# How many are committed together at most: preparing them holds up the loop.
+_BATCH = 1024
 
 # What is left to do of an intent when its batch closes. It returns why that can't be, if so.
 Prepare = Callable[[], SecretsError | None]
@@ -71,7 +73,7 @@ class Gate:
         try:
             while self._waiting:
                 await self._gather()
-                batch, self._waiting = self._waiting, []
+                batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
                 await self._commit(_prepared(batch))
         finally:
             self._running = None

@@ -1,4 +1,4 @@
-"""What makes a table quick, and every run of it the same: no threads, and no key derived twice."""
+"""What makes tests quick, and tables the same in every run: no threads, no key derived twice."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from flowmason_secrets.core import keyring
 from flowmason_secrets.index import sqlite
 from flowmason_secrets.storage import files
 
-_derive = functools.cache(keyring._pbkdf2)
+# Most of what a small test takes.
+derived_once = functools.cache(keyring._pbkdf2)
 
 
 class Inline(Executor):
@@ -39,5 +40,4 @@ def swiftly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sqlite, "ThreadPoolExecutor", Inline)
     patch.setattr(signer, "ThreadPoolExecutor", Inline)
     patch.setattr(trail, "ThreadPoolExecutor", Inline)
-    patch.setattr(keyring, "_pbkdf2", _derive)
     patch.setattr(files, "SETTLE_AFTER", 0.0)
