@@ -414,6 +414,21 @@ def test_a_torn_tail_stays_and_a_new_segment_begins(logs: Logs, tail: str, who: 
         one.close()
 
 
+def test_a_line_that_rotted_away_is_missed(logs: Logs) -> None:
+    """In a segment that is read again for a recovery: it may stand for a change."""
+    log = logs.open(size=2000)
+    for _ in range(3):
+        log.append([logs.event() for _ in range(10)])
+    first = logs.directory / segment_name(0)
+    lines = first.read_bytes().split(b"\n")
+    lines[4] = bytes(len(lines[4]))
+    first.write_bytes(b"\n".join(lines))
+    assert [line.seq for line in log.lines(12)] == list(range(12, log.position))
+    with pytest.raises(LogDamaged, match="Event 4 "):
+        list(log.lines(2))
+    log.close()
+
+
 def test_complete_lines_before_a_torn_one_count(logs: Logs) -> None:
     """A batch of which a part reached the disk: whole lines happened, the torn one did not."""
     log = logs.open()

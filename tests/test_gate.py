@@ -144,8 +144,11 @@ async def test_what_is_left_to_do_is_done_when_the_batch_closes(stores: Stores) 
 
     def prepare(number: int) -> SecretsError | None:
         prepared.append(number)
+        if number == 3:
+            raise ZeroDivisionError
         return refusal if number == 1 else None
 
+    defect = gate.submit(read("A"), partial(prepare, 3))
     others = [gate.submit(read("A"), partial(prepare, number)) for number in range(3)]
     gone = gate.submit(read("A"), partial(prepare, 1))
     gone.cancel()
@@ -153,7 +156,9 @@ async def test_what_is_left_to_do_is_done_when_the_batch_closes(stores: Stores) 
     assert prepared == []
     disk.free.set()
     verdicts = await asyncio.gather(first, *others)
-    assert prepared == [0, 1, 2, 1]
+    assert prepared == [3, 0, 1, 2, 1]
+    with pytest.raises(ZeroDivisionError):
+        await defect
     assert verdicts[2] is refusal
     seqs = [verdict.seq for verdict in verdicts if isinstance(verdict, Receipt)]
     assert seqs == [position, position + 1, position + 2]

@@ -118,7 +118,13 @@ def _prepared(batch: list[_Waiting]) -> list[_Waiting]:
     prepared = []
     for waiting in batch:
         _, future, prepare = waiting
-        error = None if prepare is None else prepare()
+        try:
+            error = None if prepare is None else prepare()
+        except Exception as defect:
+            # It belongs to the one who waits, and the others go on.
+            if not future.done():
+                future.set_exception(defect)
+            continue
         if error is None:
             prepared.append(waiting)
         elif not future.done():

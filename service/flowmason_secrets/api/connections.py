@@ -94,7 +94,7 @@ class Connection(RequestHandler):
         self._whole = True
         self._refused = False
         self._framing = Framing() if server.knows_list else None
-        # What a request depended on, and what it said of who sent it.
+        # Of the last request, what says who sent it: its face and its headers; and what they say.
         self.sender: tuple[object, Sender] | None = None
         # What it has of the budget: received and not answered; not taken.
         self._held = 0

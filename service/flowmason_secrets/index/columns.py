@@ -97,11 +97,9 @@ def _changes(line: Line) -> list[Changed]:
     if line["action"] == KEY_ROTATE:
         secrets = line["details"].get("secrets")
         return [(org_id, secret, None) for secret in secrets] if isinstance(secrets, list) else []
-    return (
-        [(org_id, line["resource_id"], line["name"])]
-        if is_change(line["action"], line["outcome"])
-        else []
-    )
+    if not is_change(line["action"], line["outcome"]):
+        return []
+    return [(org_id, line["resource_id"], line["name"])]
 
 
 def _damaged(seq: int, lines: list[bytes]) -> LogDamaged:

@@ -193,7 +193,13 @@ class EventLog:
                 "which were archived. Decompress them into events/ and remove the file minimum."
             )
         for chunk in ChunkReader(self._directory).read(start, self.position):
-            yield from wire.decode_lines(chunk.data)
+            lines = wire.decode_lines(chunk.data)
+            if len(lines) < chunk.data.count(b"\n"):
+                raise LogDamaged(
+                    f"Event {chunk.first + len(lines)} of the log can't be read. "
+                    "Compare its segment with your shipped copy."
+                )
+            yield from lines
 
     def _sealed(self, segment: _Segment, now: float) -> bool:
         return segment.end >= self._limits.size or now - segment.born >= self._limits.age
