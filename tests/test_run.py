@@ -353,8 +353,8 @@ sys.exit(5)
 
 async def test_signals_are_passed_on_once(data_dir: Path) -> None:
     await store(data_dir, {"A": VALUE})
-    # Whoever started the tests may ignore SIGHUP, and what is ignored is not passed on.
-    heard = ("env", "--default-signal=HUP")
+    # Whoever started the tests may ignore some of them, and what is ignored is not passed on.
+    heard = ("env", "--default-signal")
     process = await started(local(data_dir), "--watch", "restart", script=COUNT, below=heard)
     assert await line(process) == "ready True ***"
     for name in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "WINCH"):

@@ -291,7 +291,7 @@ async def test_a_witness_that_is_down_and_comes_back(data_dir: Path, quick: None
     )
     service = await app.open_service(settings, signs=True)
     await write(service)
-    await until(lambda: bool(states(data_dir)))
+    await until(lambda: any(state["error"] for state in states(data_dir).values()))
     await service.close()
     (state,) = states(data_dir).values()
     assert "can't be reached" in state["error"]

@@ -66,7 +66,12 @@ class SmallFileSystem:
         """Take all room but so many pages; each file has its own."""
         with self._ballast.open("ab") as file:
             while (found := os.statvfs(self._place).f_bavail - pages) > 0:
-                os.posix_fallocate(file.fileno(), file.tell(), found * _PAGE)
+                try:
+                    os.posix_fallocate(file.fileno(), file.tell(), found * _PAGE)
+                except OSError as error:
+                    # Somebody else took a page since it was asked how many there are.
+                    if error.errno != errno.ENOSPC:
+                        raise
                 file.seek(0, os.SEEK_END)
 
     def free(self, *pids: int) -> None:
