@@ -36,6 +36,7 @@ from flowmason_secrets.core.errors import (
 from flowmason_secrets.core.keyring import Plaintext
 from flowmason_secrets.core.ports import AuditQuery, Grouping, ListQuery
 from flowmason_secrets.core.tiles import Edge
+from flowmason_secrets.index import sqlite
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage import scanning
 from flowmason_secrets.storage.archive import Target
@@ -299,6 +300,29 @@ async def look(log: Log) -> Look:
         return Look(names, sorted(survey.secrets), seqs, counted, since)
     finally:
         await service.close()
+
+
+async def test_an_index_from_before_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Put back from a backup: more was archived behind it than it takes in one step."""
+    monkeypatch.setattr(sqlite, "_EVENTS", 16)
+    log, backup = Log(tmp_path / "data", tmp_path / "archive"), tmp_path / "backup"
+    await grow(log.root, 20)
+    before = await look(log)
+    backup.mkdir()
+    for path in log.root.glob("index.sqlite3*"):
+        shutil.copy(path, backup)
+    await grow(log.root, 730)
+    backdate(log.root)
+    assert await archived(log) is not None
+    assert log.minimum > before.seqs[0] + 16
+    remove_index(log)
+    shutil.copytree(backup, log.root, dirs_exist_ok=True)
+    after = await look(log)
+    assert "archived" in caplog.text
+    assert min(after.seqs) == log.minimum
+    assert after.counted == len(after.seqs)
 
 
 def remove_index(log: Log) -> None:

@@ -94,8 +94,10 @@ class Connection(RequestHandler):
         self._whole = True
         self._refused = False
         self._framing = Framing() if server.knows_list else None
-        # Of the last request, what says who sent it: its face and its headers; and what they say.
-        self.sender: tuple[object, Sender] | None = None
+        # Of the last request, by its face and its headers: what they say of who sent it. A dict,
+        # because several clients may share a connection of a proxy: it compares keyed hashes
+        # first, so how long it takes says nothing of another one's API key.
+        self.sender: dict[object, Sender] = {}
         # What it has of the budget: received and not answered; not taken.
         self._held = 0
         self._unread = 0

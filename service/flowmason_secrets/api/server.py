@@ -127,14 +127,15 @@ class Dispatcher:
         connection = raw.protocol
         assert isinstance(connection, Connection)  # noqa: S101 - `Server` makes no others
         # No variable holds the headers: tracebacks show variables.
-        if connection.sender is not None and connection.sender[0] == (face, raw.raw_headers):
-            return connection.sender[1]
+        sender = connection.sender.get((id(face), raw.raw_headers))
+        if sender is not None:
+            return sender
         key = face.api_key(raw)
         if key is None:
             raise Unauthenticated
         address = requests.client_ip(raw, self._behind_proxy)
         sender = Sender(digest(key), address, requests.user_agent(raw), requests.peer(raw))
-        connection.sender = ((face, raw.raw_headers), sender)
+        connection.sender = {(id(face), raw.raw_headers): sender}
         return sender
 
 

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 # Of agents, and what run keeps.
 AGENT_DIR = Path("~/.flowmason/agent")
+state_dir_option = click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    default=AGENT_DIR,
+    show_default=True,
+    help="Where the encrypted cache and the queue of offline reads are.",
+)
 
 # Seconds between looks, and for one of them.
 _LOOK = 0.1
@@ -41,13 +48,7 @@ _socket_option = click.option(
 @click.option("--url", help=f"The server; the API key comes from {config.API_KEY}.")
 @click.option("--insecure", is_flag=True, help="Send the API key over plain HTTP.")
 @_socket_option
-@click.option(
-    "--state-dir",
-    type=click.Path(path_type=Path),
-    default=AGENT_DIR,
-    show_default=True,
-    help="Where the encrypted cache and the queue of offline reads are.",
-)
+@state_dir_option
 @click.option("--allow-uid", multiple=True, metavar="USER", help="Serve this user: name or id.")
 @click.option("--allow-gid", multiple=True, metavar="GROUP", help="Serve this group: name or id.")
 @click.option(

@@ -20,7 +20,7 @@ from ..sidecar.source import Found, Selection, Source, find
 from ..sidecar.supervising import Rules, Supervisor
 from ..sidecar.watching import Watcher
 from . import output
-from .agent import AGENT_DIR
+from .agent import state_dir_option
 from .exits import sysexits
 from .files import read_text
 from .source import TargetSource
@@ -112,13 +112,7 @@ class Run:
     show_default=True,
     help="With --url, what is known of before: auto: while the server is away; only: without it.",
 )
-@click.option(
-    "--state-dir",
-    type=click.Path(path_type=Path),
-    default=AGENT_DIR,
-    show_default=True,
-    help="Where the encrypted cache and the offline reads are.",
-)
+@state_dir_option
 @sysexits
 @target_options()
 def run(
