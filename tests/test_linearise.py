@@ -215,6 +215,7 @@ IMPOSSIBLE: dict[str, list[Operation]] = {
         etag(4, 5, 1, "u"),
     ],
     "a version that is not the next": [put(0, 1, "x", 1), put(2, 3, "y", 3)],
+    "what should never come back": [op(0, 1, Call("get", A), Answer("unforeseen", "500"))],
 }
 
 

@@ -47,6 +47,14 @@ async def take_part(plan: Plan, interfaces: Sequence[Interface]) -> list[Operati
     return [one for done in await asyncio.gather(*clients) for one in done]
 
 
+async def _told(interface: Interface, call: Call) -> Answer:
+    """What came back, whatever it was: what should never come back is for the checker to find."""
+    try:
+        return await interface.perform(call)
+    except Exception as error:
+        return Answer("unforeseen", repr(error))
+
+
 class Client:
     """One client: one call after the other."""
 
@@ -109,13 +117,13 @@ class Client:
         if hasty is not None and self._random.randrange(_HANG_UPS) == 0:
             return await self._give_up(hasty, call)
         begin = time.monotonic_ns()
-        answer = await self._interface.perform(call)
+        answer = await _told(self._interface, call)
         return Operation(self._interface.process, call, begin, time.monotonic_ns(), answer)
 
     async def _give_up(self, interface: Interface, call: Call) -> Operation:
         """Give it up after a moment, unless the answer is there by then."""
         begin = time.monotonic_ns()
-        pending = asyncio.ensure_future(interface.perform(call))
+        pending = asyncio.ensure_future(_told(interface, call))
         await asyncio.wait([pending], timeout=self._random.random() * _PATIENCE)
         if pending.cancel():
             await asyncio.wait([pending])
@@ -127,7 +135,16 @@ class Client:
         # All secrets of a history begin the same.
         prefix = self._plan.secrets[0].partition(".")[0] + "."
         begin = time.monotonic_ns()
-        found = await self._interface.listing(prefix)
+        try:
+            found = await self._interface.listing(prefix)
+        except Exception as error:
+            unforeseen = Answer("unforeseen", repr(error))
+            answers = dict.fromkeys(self._plan.secrets, unforeseen)
+        else:
+            answers = {
+                name: Answer("found", None, found[name]) if name in found else Answer("missing")
+                for name in self._plan.secrets
+            }
         end = time.monotonic_ns()
         return [
             Operation(
@@ -135,7 +152,7 @@ class Client:
                 Call("metadata", name),
                 begin,
                 end,
-                Answer("found", None, found[name]) if name in found else Answer("missing"),
+                answer,
             )
-            for name in self._plan.secrets
+            for name, answer in answers.items()
         ]

@@ -12,7 +12,16 @@ import msgspec
 
 Kind = Literal["set", "delete", "get", "metadata", "revoke", "use"]
 Outcome = Literal[
-    "created", "updated", "deleted", "found", "revoked", "used", "missing", "conflict", "refused"
+    "created",
+    "updated",
+    "deleted",
+    "found",
+    "revoked",
+    "used",
+    "missing",
+    "conflict",
+    "refused",
+    "unforeseen",
 ]
 
 
@@ -31,7 +40,10 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back; None where the interface doesn't tell. `refused` is a 401."""
+    """What came back; None where the interface doesn't tell. `refused` is a 401.
+
+    `unforeseen` is what should never come back, told in `value`: no order explains it.
+    """
 
     outcome: Outcome
     value: str | None = None
@@ -200,6 +212,8 @@ class _Search:
         """The states after an operation; None if it can't have happened in these."""
         operation = self._operations[number]
         call, answer = operation.call, operation.answer
+        if answer is not None and answer.outcome == "unforeseen":
+            return None
         refused = answer is not None and answer.outcome == "refused"
         if call.key is not None and states[self._place[call.key]] is refused:
             return None

@@ -97,7 +97,9 @@ class Site:
         commands = replace(plan, clients=1, calls=2, revoke_after=revoke_after)
         parts.append(self._commands.take_part(commands))
         parts.append(self._library.take_part(plan))
-        return [one for part in await asyncio.gather(*parts) for one in part]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in parts]
+        return [one for task in tasks for one in task.result()]
 
     async def _key(self) -> tuple[str, str]:
         """A new API key: its id, and the key itself."""
