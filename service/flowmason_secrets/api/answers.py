@@ -13,7 +13,8 @@ from aiohttp.web_request import BaseRequest
 
 _JSON = "application/json"
 
-_REASONS = {int(status): status.phrase for status in HTTPStatus}
+_STATUS = {int(status): f"{int(status)} {status.phrase}" for status in HTTPStatus}
+_line = ": ".join
 
 
 class Answer(web.StreamResponse):
@@ -27,7 +28,7 @@ class Answer(web.StreamResponse):
         # Not `super().__init__`: it makes the changeable headers that are never used here.
         self._state = {}
         self._status = status
-        head = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        head = "\r\n".join([*map(_line, headers.items()), ""])
         # RFC 9110 §5.5: a line break in a value would begin a header of somebody else's choice.
         if head.count("\n") != len(headers) or head.count("\r") != len(headers):
             raise ValueError("a header value has a line break")
@@ -43,18 +44,19 @@ class Answer(web.StreamResponse):
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client went away")
-        keep_alive = request.keep_alive if self._keep_alive is None else self._keep_alive
-        self._keep_alive = keep_alive
-        modern = request.version >= HttpVersion11
+        keep_alive, version, status = self._keep_alive, request.version, self._status
+        if keep_alive is None:
+            keep_alive = self._keep_alive = request.keep_alive
+        # The parser knows the usual version by this very object.
+        modern = version is HttpVersion11 or version > HttpVersion11
         connection = ""
-        if keep_alive != modern:
+        if keep_alive is not modern:
             connection = f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n"
         # RFC 9110 §8.6: a 204 has no length.
-        length = "" if self._status == 204 else f"Content-Length: {len(self._content)}\r\n"
+        length = "" if status == 204 else f"Content-Length: {len(self._content)}\r\n"
         head = (
-            f"HTTP/1.{1 if modern else 0} {self._status} {_REASONS[self._status]}\r\n"
-            f"{self._head}{connection}{length}"
-            f"Date: {_date(int(time.time()))}\r\nServer: flowmason\r\n\r\n"
+            f"HTTP/1.{'1' if modern else '0'} {_STATUS[status]}\r\n"
+            f"{self._head}{connection}{length}{_tail(int(time.time()))}"
         )
         body = b"" if request.method == "HEAD" else self._content
         transport.write(head.encode("latin-1") + body)
@@ -78,6 +80,7 @@ def json_answer(
 
 
 @lru_cache(maxsize=1)
-def _date(now: int) -> str:
-    """The `Date` header (RFC 9110 §6.6.1); made once a second."""
-    return formatdate(now, usegmt=True)
+def _tail(now: int) -> str:
+    """The last headers and the end of the head; made once a second."""
+    # RFC 9110 §6.6.1.
+    return f"Date: {formatdate(now, usegmt=True)}\r\nServer: flowmason\r\n\r\n"

@@ -182,16 +182,28 @@ class Ids:
     def __call__(self) -> str:
         start = self._used
         if start >= len(self._pool):
-            self._pool = self._random(10 * self._BLOCK).hex()
+            self._pool = _tails(self._random(10 * self._BLOCK)).hex()
             start = 0
-        self._used = start + 20
-        r = self._pool[start : start + 20]
+        middle, self._used = start + 8, start + 20
+        pool = self._pool
         ms = int(self._clock() * 1000)
         if ms != self._ms:
             digits = f"{ms:012x}"
-            self._ms, self._front = ms, f"{digits[:8]}-{digits[8:]}-7"
-        # The variant is the two top bits of its nibble: 10xx.
-        return f"{self._front}{r[:3]}-{_VARIANT[r[3]]}{r[4:7]}-{r[7:19]}"
+            self._ms, self._front = ms, f"{digits[:8]}-{digits[8:]}-"
+        return (
+            f"{self._front}{pool[start : start + 4]}-{pool[start + 4 : middle]}"
+            f"-{pool[middle : self._used]}"
+        )
 
 
-_VARIANT = {f"{nibble:x}": "89ab"[nibble & 3] for nibble in range(16)}
+def _tails(random: bytes) -> bytes:
+    """Random bytes as the ends of ids, ten each, with the version and the variant in them."""
+    tails = bytearray(random)
+    tails[0::10] = tails[0::10].translate(_VERSION)
+    tails[2::10] = tails[2::10].translate(_VARIANT)
+    return bytes(tails)
+
+
+# What a byte becomes that has the version in its upper half, or the variant in its two top bits.
+_VERSION = bytes(0x70 | byte & 0x0F for byte in range(256))
+_VARIANT = bytes(0x80 | byte & 0x3F for byte in range(256))
