@@ -165,8 +165,8 @@ class Path:
     def _intent(self, attempt: Attempt, action: str, refusal: SecretsError | None) -> Intent:
         if attempt.parts:
             return self._joint_intent(attempt, action, refusal)
-        recorded = self._event(attempt, action, refusal)
-        return Intent(recorded, attempt.depends, attempt.change if refusal is None else None)
+        change = attempt.change if refusal is None else None
+        return Intent(self._event(attempt, action, refusal), attempt.depends, change)
 
     def _joint_intent(self, attempt: Attempt, action: str, refusal: SecretsError | None) -> Intent:
         """One intent for all parts: whatever any of them read has to be current."""
@@ -179,7 +179,9 @@ class Path:
         return Intent(recorded[0], tuple(depends), more=tuple(recorded[1:]))
 
     def _event(self, attempt: Attempt, action: str, refusal: SecretsError | None) -> Event:
-        details = attempt.details
+        details, change = attempt.details, attempt.change
+        # The metadata of a new version name the event that wrote it.
+        written = change.metadata.revision if isinstance(change, PutSecret) else None
         if refusal is None:
             status = 201 if details is not None and details.get("kind") == "create" else 200
             outcome: Outcome = "success"
@@ -188,9 +190,8 @@ class Path:
             details = {**(details or {}), "error": refusal.code}
             if isinstance(refusal, errors.DecryptionFailed):
                 details |= {"key_id": refusal.key_id, "held": list(refusal.held[:_HELD])}
-        event_id = self._event_id(attempt)
         return event(
-            event_id,
+            written or self._new_id(),
             attempt.caller,
             action,
             outcome,
@@ -199,12 +200,6 @@ class Path:
             attempt.version,
             details,
         )
-
-    def _event_id(self, attempt: Attempt) -> str:
-        # The metadata of a new version name the event that wrote it.
-        if isinstance(attempt.change, PutSecret):
-            return attempt.change.metadata.revision
-        return self._new_id()
 
 
 def secret_resource(caller: Caller, name: str | None) -> tuple[str, str | None, str | None]:

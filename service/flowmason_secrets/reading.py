@@ -4,7 +4,7 @@ import asyncio
 from weakref import WeakValueDictionary
 
 from .attempts import Attempt
-from .core import errors, names
+from .core import errors
 from .core.access import Caller
 from .core.keyring import KeyNotHeld, Keyring, NotAuthentic, Plaintext
 from .core.ports import Clock, Store
@@ -13,9 +13,11 @@ from .masterkeys import MasterKeys
 
 
 class Sealed:
-    """A value that is still to be decrypted, with a key that is at hand."""
+    """A value that is still to be decrypted. Unless it is `ready`, its key may have to be derived
+    first.
+    """
 
-    __slots__ = ("_keyring", "_org_id", "_record", "value")
+    __slots__ = ("_keyring", "_org_id", "_record", "ready", "value")
 
     value: Plaintext
 
@@ -23,6 +25,12 @@ class Sealed:
         self._keyring = keyring
         self._org_id = org_id
         self._record = record
+        self.ready = keyring.derived(org_id, record.metadata.key_id)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The organisation and the id of the master key."""
+        return self._org_id, self._record.metadata.key_id
 
     def open(self) -> errors.DecryptionFailed | None:
         """Decrypt it: from now on there is a `value`, unless this returns why not."""
@@ -49,8 +57,16 @@ class Reading:
         as_of = self._store.position
         record = self._store.peek(org_id, name) or await self._store.load(org_id, name)
         if record is None:
-            attempt.depends += (((org_id, names.secret_id(org_id, name)), as_of),)
+            attempt.depends += (((org_id, attempt.resource[1] or ""), as_of),)
         else:
+            _depend(attempt, org_id, record)
+        return record
+
+    def at_hand(self, attempt: Attempt, name: str) -> SecretRecord | None:
+        """The stored secret if it is in memory; then the attempt depends on it from now on."""
+        org_id = attempt.caller.principal.org_id
+        record = self._store.peek(org_id, name)
+        if record is not None:
             _depend(attempt, org_id, record)
         return record
 
@@ -60,10 +76,8 @@ class Reading:
         Raises:
             SecretNotFound: there is none.
         """
-        org_id = attempt.caller.principal.org_id
-        record = self._store.peek(org_id, name)
+        record = self.at_hand(attempt, name)
         if record is not None:
-            _depend(attempt, org_id, record)
             return record
         # Many may ask for a secret that is not at hand: one of them reads it.
         async with self.lock(attempt.caller, name):
@@ -78,28 +92,30 @@ class Reading:
         Raises:
             SecretExpired, SecretDamaged, DecryptionFailed: and no value.
         """
-        sealed = await self.sealed(attempt, record)
+        sealed = self.sealed(attempt, record)
+        if not sealed.ready:
+            await self.make_ready(sealed)
         refusal = sealed.open()
         if refusal is not None:
             raise refusal
         return sealed.value
 
-    async def sealed(self, attempt: Attempt, record: SecretRecord) -> Sealed:
+    def sealed(self, attempt: Attempt, record: SecretRecord) -> Sealed:
         """The same, still to be decrypted.
 
         Raises:
             SecretExpired, SecretDamaged: and no value.
         """
         metadata, _, _, damage = record
-        if metadata.is_expired(self._clock()):
+        if metadata.expiry is not None and metadata.is_expired(self._clock()):
             raise errors.SecretExpired(metadata.name, metadata.expires_at or "")
         if damage is not None:
             raise errors.SecretDamaged(metadata.name, damage)
-        org_id, key_id = attempt.caller.principal.org_id, metadata.key_id
-        keyring = self._master.keyring
-        if not keyring.derived(org_id, key_id):
-            await self._master.prepare(org_id, key_id)
-        return Sealed(keyring, org_id, record)
+        return Sealed(self._master.keyring, attempt.caller.principal.org_id, record)
+
+    async def make_ready(self, sealed: Sealed) -> None:
+        """Derive its key, if that is held."""
+        await self._master.prepare(*sealed.key)
 
     def lock(self, caller: Caller, name: str) -> asyncio.Lock:
         """What changes of a secret take turns with, in this process."""
@@ -111,8 +127,7 @@ class Reading:
 
 
 def _depend(attempt: Attempt, org_id: str, record: SecretRecord) -> None:
-    metadata = record.metadata
+    metadata, _, as_of, _ = record
     attempt.version = metadata.version
     # Not the id in the file: events name this one.
-    ref = (org_id, names.secret_id(org_id, metadata.name))
-    attempt.depends += ((ref, record.as_of),)
+    attempt.depends += (((org_id, attempt.resource[1] or ""), as_of),)
