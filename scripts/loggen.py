@@ -9,7 +9,8 @@ from pathlib import Path
 from flowmason_secrets.core.events import Event
 from flowmason_secrets.core.names import secret_id
 from flowmason_secrets.storage import wire
-from flowmason_secrets.storage.eventlog import HEADER_BYTES, segment_name
+from flowmason_secrets.storage.chunks import segment_name
+from flowmason_secrets.storage.eventlog import HEADER_BYTES
 
 ORGANISATIONS = 50
 NAMES = 200

@@ -40,9 +40,9 @@ from flowmason_secrets.index import sqlite
 from flowmason_secrets.service import Service
 from flowmason_secrets.storage import scanning
 from flowmason_secrets.storage.archive import Target
+from flowmason_secrets.storage.chunks import segment_name, segments
 from flowmason_secrets.storage.compression import Form
 from flowmason_secrets.storage.durable import Durable
-from flowmason_secrets.storage.eventlog import segment_name, segments
 from flowmason_secrets.storage.exporting import export
 from flowmason_secrets.storage.minimum import MinimumFile
 from flowmason_secrets.storage.published import Layout

@@ -20,15 +20,9 @@ from flowmason_secrets.core.errors import LogDamaged
 from flowmason_secrets.core.events import MAX_LINE, Event, Ids, Line, event
 from flowmason_secrets.core.ports import Sources
 from flowmason_secrets.storage import wire
+from flowmason_secrets.storage.chunks import ChunkReader, read_line, segment_name, segments
 from flowmason_secrets.storage.durable import Durable, ShortWrite
-from flowmason_secrets.storage.eventlog import (
-    ChunkReader,
-    EventLog,
-    SegmentLimits,
-    read_line,
-    segment_name,
-    segments,
-)
+from flowmason_secrets.storage.eventlog import EventLog, SegmentLimits
 from flowmason_secrets.storage.published import Layout
 
 from .harness.faults import Faulty, PowerOff, Unplugged, io_error, no_space, short_write

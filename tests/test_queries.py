@@ -24,9 +24,10 @@ from flowmason_secrets.core.names import secret_id
 from flowmason_secrets.core.ports import Sources
 from flowmason_secrets.storage import wire
 from flowmason_secrets.storage.cache import CiphertextCache
+from flowmason_secrets.storage.chunks import segment_name
 from flowmason_secrets.storage.durable import Durable
 from flowmason_secrets.storage.engine import Environment
-from flowmason_secrets.storage.eventlog import HEADER_BYTES, SegmentLimits, segment_name
+from flowmason_secrets.storage.eventlog import HEADER_BYTES, SegmentLimits
 from flowmason_secrets.storage.files import FilesTail
 from flowmason_secrets.storage.published import Layout, Published
 

@@ -21,14 +21,9 @@ import yaml
 from flowmason_secrets.core.events import MAX_LINE, Event, Ids
 from flowmason_secrets.core.ports import Sources
 from flowmason_secrets.storage import wire
+from flowmason_secrets.storage.chunks import segment_name, segments
 from flowmason_secrets.storage.durable import Durable
-from flowmason_secrets.storage.eventlog import (
-    HEADER_BYTES,
-    EventLog,
-    SegmentLimits,
-    segment_name,
-    segments,
-)
+from flowmason_secrets.storage.eventlog import HEADER_BYTES, EventLog, SegmentLimits
 from flowmason_secrets.storage.published import Layout
 
 from .harness.grown import drop_oldest

@@ -27,8 +27,9 @@ from flowmason_secrets.core.keyring import Plaintext
 from flowmason_secrets.core.note import Signer
 from flowmason_secrets.library import AsyncSecretsService
 from flowmason_secrets.service import Service
+from flowmason_secrets.storage.chunks import segment_name
 from flowmason_secrets.storage.durable import Durable
-from flowmason_secrets.storage.eventlog import SegmentLimits, segment_name
+from flowmason_secrets.storage.eventlog import SegmentLimits
 from flowmason_secrets.storage.signing import SigningKey
 
 from .harness.faults import PowerOff, Unplugged, Watched

@@ -31,9 +31,10 @@ from flowmason_secrets.core.records import (
 from flowmason_secrets.storage import files as files_module
 from flowmason_secrets.storage import wire
 from flowmason_secrets.storage.cache import CiphertextCache
+from flowmason_secrets.storage.chunks import ChunkReader
 from flowmason_secrets.storage.durable import Durable
 from flowmason_secrets.storage.engine import Environment
-from flowmason_secrets.storage.eventlog import ChunkReader, SegmentLimits
+from flowmason_secrets.storage.eventlog import SegmentLimits
 from flowmason_secrets.storage.files import FilesStore
 from flowmason_secrets.storage.memory import MemoryStore
 from flowmason_secrets.storage.published import Layout, Published

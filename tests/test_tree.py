@@ -17,9 +17,8 @@ from flowmason_secrets.core.keyring import Plaintext
 from flowmason_secrets.core.merkle import Unverified
 from flowmason_secrets.core.tiles import Edge, Tile
 from flowmason_secrets.service import Service
-from flowmason_secrets.storage import eventlog
+from flowmason_secrets.storage.chunks import ChunkReader, _near
 from flowmason_secrets.storage.durable import Durable
-from flowmason_secrets.storage.eventlog import ChunkReader
 from flowmason_secrets.storage.published import Layout
 from flowmason_secrets.storage.tree import TileFiles
 
@@ -86,7 +85,7 @@ async def test_a_line_is_found_wherever_it_is(
     lines = segment.read_bytes().splitlines(keepends=True)
     with segment.open("ab") as file:
         file.write(b'{"v":1,"id":"torn\nmore\n' + b"x" * 5000)
-    monkeypatch.setattr(eventlog, "_CHUNK", 1000)
+    monkeypatch.setattr("flowmason_secrets.storage.chunks._CHUNK", 1000)
     for start in range(0, len(lines), 7):
         for stop in (start + 1, min(start + 9, len(lines))):
             chunks = list(ChunkReader(data_dir / "events").read(start, stop))
@@ -96,7 +95,7 @@ async def test_a_line_is_found_wherever_it_is(
                 assert chunk.offset == sum(map(len, lines[: chunk.first]))
     # Not by reading all of it.
     with segment.open("rb") as file:
-        seq, offset = eventlog._near(file, 250, (0, 0))
+        seq, offset = _near(file, 250, (0, 0))
     assert 240 < seq <= 250
     assert offset == sum(map(len, lines[:seq]))
 

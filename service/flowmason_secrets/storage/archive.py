@@ -15,9 +15,9 @@ from ..core.minimum import Minimum
 from ..core.ports import Clock
 from ..core.tiles import WIDTH, Edge
 from . import wire
+from .chunks import ChunkReader, segment_name, segments
 from .compression import BROKEN, SUFFIXES, Form, compressed, decompressed
 from .durable import SHARED_FILE, Durable
-from .eventlog import ChunkReader, segment_name, segments
 from .minimum import MinimumFile
 from .published import Layout
 from .signedtree import FilesTree

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ..core.errors import CheckpointPending, LogDamaged
 from .checkpoints import Checkpoints
+from .chunks import ChunkReader
 from .durable import Durable
-from .eventlog import ChunkReader
 from .minimum import MinimumFile
 from .published import Layout
 from .signing import SigningKey

@@ -20,8 +20,8 @@ from ..core.minimum import Minimum
 from ..core.names import secret_id
 from ..core.ports import Chunk, Space, Verdict
 from ..core.records import ApiKey, Inventory, Metadata, SecretRecord
+from .chunks import ChunkReader, read_line
 from .engine import JOURNAL_LIMIT, Engine, Environment
-from .eventlog import ChunkReader, read_line
 from .minimum import MinimumFile
 from .reserve import Reserve
 from .staging import Journal

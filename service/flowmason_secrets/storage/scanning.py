@@ -16,7 +16,8 @@ import zstandard
 from ..core.events import MAX_LINE, Detail
 from ..core.merkle import leaf_hashes
 from . import wire
-from .eventlog import HEADER_BYTES, ChunkReader
+from .chunks import ChunkReader
+from .eventlog import HEADER_BYTES
 
 # In bytes: how much one process gets at a time. What fits into its cache takes the least time.
 BLOCK = 1 << 20

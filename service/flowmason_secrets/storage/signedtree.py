@@ -20,8 +20,8 @@ from ..core.tlogproof import Proof
 from ..core.witness import WitnessState
 from . import wire
 from .checkpoints import Checkpoints, Signed
+from .chunks import ChunkReader, segment_name, segments
 from .durable import Durable
-from .eventlog import ChunkReader, segment_name, segments
 from .minimum import MinimumFile
 from .published import Layout
 from .signing import SigningKey

@@ -11,8 +11,8 @@ from ..core.errors import LogDamaged
 from ..core.merkle import HASH_BYTES, Unverified, leaf_hashes, subtree_root
 from ..core.ports import Chunk
 from ..core.tiles import WIDTH, Tile, level_size, split_hashes
+from .chunks import ChunkReader
 from .durable import PRIVATE_FILE, Durable
-from .eventlog import ChunkReader
 from .minimum import MinimumFile
 
 
