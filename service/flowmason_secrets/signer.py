@@ -26,8 +26,8 @@ ANCHOR_EVERY = 3600.0
 
 # While the log grows, so many of its lines at most are hashed every so many seconds: those of a
 # whole second at once would hold up everything else in this process. Whether it grows is seen soon.
-_PORTION = 256
-_TICK = 0.015
+_PORTION = 1536
+_TICK = 0.06
 _SOON = 0.1
 
 # Seconds until the next attempt after an error.

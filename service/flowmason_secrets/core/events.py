@@ -86,7 +86,8 @@ class Receipt(NamedTuple):
     id: str
 
 
-_CHANGES = frozenset(
+# What an event has to be, for it to have made anything visible.
+CHANGES = frozenset(
     {"secret.create", "secret.delete", "api_key.create", "api_key.revoke", KEY_ROTATE, DELIVER}
 )
 
@@ -108,7 +109,7 @@ class Recorded(Protocol):
 
 def is_change(action: str, outcome: str) -> bool:
     """Whether the event made something visible, so that what others cached of it is outdated."""
-    return outcome == "success" and action in _CHANGES
+    return outcome == "success" and action in CHANGES
 
 
 def changed(event: Recorded) -> list[Ref]:

@@ -56,12 +56,13 @@ class Changes:
 
 class Admission(NamedTuple):
     """The verdict over a batch. Indices point into it, in the order in which they commit; the index
-    of an intent with several events is there as often.
+    of an intent with several events is there as often. `changes` go with the ids of their events.
     """
 
     events: list[tuple[int, Event]]
     current: list[int]
     stale: list[int]
+    changes: list[tuple[str, Change]]
 
 
 def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission:
@@ -70,8 +71,8 @@ def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission
     Reads go first: all intents of a batch are concurrent, so any order is a true one, and in this
     one no change of the batch makes a read of it stale.
     """
-    verdict = Admission([], [], [])
-    events, current, stale = verdict
+    verdict = Admission([], [], [], [])
+    events, current, stale, made = verdict
     for index in _reads_first(batch):
         event, depends, change, more = batch[index]
         if changes.outdated(depends):
@@ -82,6 +83,8 @@ def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission
             continue
         events.append((index, event))
         position += 1
+        if change is not None:
+            made.append((event.id, change))
         if change is not None or event.action in _CHANGES_OF_THEIR_OWN:
             for ref in event.changed:
                 changes.record(ref, position)
@@ -92,7 +95,7 @@ def admit(batch: Sequence[Intent], changes: Changes, position: int) -> Admission
 
 
 def _reads_first(batch: Sequence[Intent]) -> Iterable[int]:
-    writes = [index for index, intent in enumerate(batch) if intent.change is not None]
-    if not writes:
+    changes = [intent.change for intent in batch]
+    if changes.count(None) == len(batch):
         return range(len(batch))
-    return [index for index, intent in enumerate(batch) if intent.change is None] + writes
+    return sorted(range(len(batch)), key=lambda index: changes[index] is not None)

@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from .. import forking
 from ..core.errors import InvalidInput, LogDamaged, LogUnavailable
-from ..core.events import Event, Receipt, changed
-from ..core.intents import Changes, Intent, admit
+from ..core.events import CHANGES, Receipt, changed
+from ..core.intents import Admission, Changes, Intent, admit
 from ..core.ports import STALE, Sources, Verdict
 from ..core.records import Change, PutSecret, Ref, SecretRecord, Single, singles
 from . import wire
@@ -164,10 +164,11 @@ class Engine:
         if log is None:
             return self._open(lock)
         if behind:
-            published = _published_up_to(lock)
-            unpublished = False
+            published, unpublished = None, False
             for line in log.catch_up():
-                for ref in changed(line):
+                # Nearly all are reads.
+                for ref in changed(line) if line.action in CHANGES else ():
+                    published = _published_up_to(lock) if published is None else published
                     self._changes.record(ref, line.seq + 1)
                     self._env.cache.drop(ref)
                     unpublished |= line.seq >= published
@@ -282,7 +283,7 @@ class Engine:
             if admission.events:
                 if self._stuck is not None:
                     raise self._stuck
-                self._append(admission.events, batch, verdicts, log, lock)
+                self._append(admission, verdicts, log, lock)
         except wire.Unwritable as error:
             refused = {admission.events[n][0]: reason for n, reason in error.reasons.items()}
             return self._without(batch, refused, log, lock)
@@ -329,17 +330,12 @@ class Engine:
 
     def _append(
         self,
-        admitted: Sequence[tuple[int, Event]],
-        batch: Sequence[Intent],
+        admission: Admission,
         verdicts: list[Verdict],
         log: EventLog,
         lock: int,
     ) -> None:
-        changes: list[tuple[str, Change]] = []
-        for index, event in admitted:
-            change = batch[index].change
-            if change is not None:
-                changes.append((event.id, change))
+        admitted, changes = admission.events, admission.changes
         if changes:
             self._stage(changes, log.position)
         log.append([event for _, event in admitted])

@@ -51,7 +51,7 @@ class Reserve:
 
     def in_use(self) -> bool:
         """Whether the disk was full, and there has been no room to fill the reserve since."""
-        return os.path.exists(self._used_path)
+        return os.access(self._used_path, os.F_OK)
 
     def release(self, error: OSError) -> bool:
         """Give back a part of it, if the error says that the disk is full; False if it does not, or

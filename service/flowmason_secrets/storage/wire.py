@@ -46,7 +46,7 @@ class _Written(msgspec.Struct, gc=False):
     user_agent: str | None
     request_id: str | None
     status: int | None
-    details: msgspec.Raw
+    details: msgspec.Raw | dict[str, Any]
 
 
 class Followed(msgspec.Struct, gc=False):
@@ -69,7 +69,7 @@ def _plain(value: object) -> str:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-_NOTHING = msgspec.Raw(b"{}")
+_NOTHING: dict[str, Any] = {}
 _encoder = msgspec.json.Encoder(enc_hook=_plain)
 _decoder = msgspec.json.Decoder(Followed)
 
@@ -101,9 +101,14 @@ def _encoded(events: Sequence[Event], first: int, time: str) -> bytes:
         )
     except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from None
-    longest = max(map(len, data.split(b"\n")), default=0) + 1
-    if longest > MAX_LINE:
-        raise ValueError(f"an event of {longest} bytes does not fit into a line")
+    # From one line end as far as a line may reach, again and again.
+    place, size = 0, len(data)
+    while place < size:
+        end = data.rfind(b"\n", place, place + MAX_LINE) + 1
+        if not end:
+            longest = max(map(len, data.split(b"\n"))) + 1
+            raise ValueError(f"an event of {longest} bytes does not fit into a line")
+        place = end
     return data
 
 
