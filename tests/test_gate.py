@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from flowmason_secrets.core.errors import (
 )
 from flowmason_secrets.core.events import Event, Receipt
 from flowmason_secrets.core.intents import Intent
-from flowmason_secrets.core.keyring import Plaintext
+from flowmason_secrets.core.keyring import MasterKey, Plaintext
 from flowmason_secrets.core.ports import STALE
 from flowmason_secrets.gate import Gate
 from flowmason_secrets.service import Service
@@ -164,6 +165,98 @@ async def test_what_is_left_to_do_is_done_when_the_batch_closes(stores: Stores) 
     assert seqs == [position, position + 1, position + 2]
     await gate.drain()
     assert store.position == position + 3
+
+
+async def test_what_has_time_is_done_during_the_sync(stores: Stores) -> None:
+    """A few at a time while the sync takes, so that the loop goes on; the rest before anybody has
+    his answer; nothing for those who are gone.
+    """
+    disk = Held()
+    store = stores(disk)
+    await store.commit([put("A")])
+    gate, position = Gate(store), store.position
+    done: list[int] = []
+
+    def later(number: int) -> None:
+        done.append(number)
+        if number == 5:
+            raise ZeroDivisionError
+
+    disk.hold()
+    waiting = [gate.submit(read("A"), None, partial(later, number)) for number in range(100)]
+    waiting[90].cancel()
+    turns: list[int] = []
+    while len(done) < 99:
+        await asyncio.sleep(0)
+        turns.append(len(done))
+    assert not any(future.done() for place, future in enumerate(waiting) if place not in (5, 90))
+    assert max(after - before for before, after in pairwise([0, *turns])) == 8
+    await disk.is_waiting()
+    disk.free.set()
+    verdicts = await asyncio.gather(*waiting, return_exceptions=True)
+    assert done == [number for number in range(100) if number != 90]
+    # The event of a defect is in the log all the same.
+    assert isinstance(verdicts[5], ZeroDivisionError)
+    seqs = [verdict.seq for verdict in verdicts if isinstance(verdict, Receipt)]
+    assert seqs == [position + n for n in range(100) if n not in (5, 90)]
+
+
+async def test_what_has_time_is_done_when_there_is_a_verdict(stores: Stores) -> None:
+    """However little time there was, and whatever the verdict is."""
+    store = stores(Watched())
+    await store.commit([put("A")])
+    gate = Gate(store)
+    done: list[int] = []
+    outdated = Intent(event("secret.read", "A"), on("A", 0))
+    waiting = [gate.submit(outdated, None, partial(done.append, number)) for number in range(50)]
+    waiting[-1].add_done_callback(lambda _: done.append(-1))
+    assert await asyncio.gather(*waiting) == [STALE] * 50
+    assert done == [*range(50), -1]
+
+
+async def test_a_value_that_was_read_before_is_decrypted_during_the_sync(
+    data_dir: Path, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the key that was at hand then, even if that one is taken away meanwhile; a key that is
+    away before is missed before anything is recorded.
+    """
+    disk = Held()
+    service = await app.open_service(settings_for(data_dir), disk)
+    keyring = service._master.keyring
+    keys, others = [*keyring._keys.values()], [MasterKey.of("another master key, and a long one")]
+    await service.set(caller, Draft("A", Plaintext("value")))
+    assert (await service.get(caller, "A")).value.reveal() == "value"
+    decrypted: list[bytes] = []
+    key = keyring.derived(caller.principal.org_id, keyring.active)
+    assert key is not None
+    decrypt = key._fernet.decrypt
+
+    def noted(token: bytes) -> bytes:
+        decrypted.append(token)
+        return decrypt(token)
+
+    key._fernet.decrypt = noted  # type: ignore[method-assign, assignment]
+    disk.hold()
+    reading = asyncio.create_task(service.get(caller, "A"))
+    await disk.is_waiting()
+    while not decrypted:
+        await asyncio.sleep(0)
+    monkeypatch.setattr(service._master._source, "load", lambda: others)
+    await service.reload_keys()
+    assert not reading.done()
+    disk.free.set()
+    assert (await reading).value.reveal() == "value"
+    with pytest.raises(DecryptionFailed):
+        await service.get(caller, "A")
+    assert decrypted == [decrypted[0]]
+    monkeypatch.setattr(service._master._source, "load", lambda: keys)
+    await service.reload_keys()
+    assert (await service.get(caller, "A")).value.reveal() == "value"
+    await service.close()
+    segments = sorted((data_dir / "events").iterdir())
+    lines = [wire.decode_line(one) for path in segments for one in path.read_bytes().splitlines()]
+    outcomes = [line["outcome"] for line in lines if line["action"] == "secret.read"]
+    assert outcomes == ["success", "success", "failed", "success"]
 
 
 async def test_what_arrives_during_a_commit_is_the_next_batch(stores: Stores) -> None:

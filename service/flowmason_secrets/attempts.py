@@ -12,7 +12,7 @@ from .core.intents import Intent
 from .core.ports import STALE, Store
 from .core.records import Change, PutSecret
 from .core.status import STATUS, outcome_of
-from .gate import Gate, Prepare
+from .gate import Gate, Later, Prepare
 from .masterkeys import MasterKeys
 
 T = TypeVar("T")
@@ -33,6 +33,7 @@ class Attempt:
         "change",
         "depends",
         "details",
+        "later",
         "parts",
         "prepare",
         "resource",
@@ -45,6 +46,7 @@ class Attempt:
         self.depends = depends_on(caller)
         self.version: int | None = None
         self.prepare: Prepare | None = None
+        self.later: Later | None = None
         self.change: Change | None = None
         self.details: dict[str, Detail] | None = None
         self.parts: tuple[Part, ...] = ()
@@ -101,7 +103,7 @@ class Path:
                 refusal = error
             else:
                 intent = self._intent(attempt, action, None)
-                verdict = await self._gate.submit(intent, attempt.prepare)
+                verdict = await self._gate.submit(intent, attempt.prepare, attempt.later)
                 if type(verdict) is Receipt:
                     return result, verdict
                 if isinstance(verdict, SecretsError):

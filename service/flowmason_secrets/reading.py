@@ -13,11 +13,9 @@ from .masterkeys import MasterKeys
 
 
 class Sealed:
-    """A value that is still to be decrypted. Unless it is `ready`, its key may have to be derived
-    first.
-    """
+    """A value that is still to be decrypted, with the key that is at hand for it, if one is."""
 
-    __slots__ = ("_keyring", "_org_id", "_record", "ready", "value")
+    __slots__ = ("_key", "_keyring", "_org_id", "_record", "value")
 
     value: Plaintext
 
@@ -25,21 +23,39 @@ class Sealed:
         self._keyring = keyring
         self._org_id = org_id
         self._record = record
-        self.ready = keyring.derived(org_id, record.metadata.key_id)
+        self._key = keyring.derived(org_id, record.metadata.key_id)
 
     @property
-    def key(self) -> tuple[str, str]:
-        """The organisation and the id of the master key."""
-        return self._org_id, self._record.metadata.key_id
+    def proven(self) -> bool:
+        """Whether it has been decrypted before, so that it can be this time."""
+        proof = self._record.proof
+        return proof is not None and proof.key is self._key is not None
+
+    async def find_key(self, master: MasterKeys) -> None:
+        """Derive the key if there is none at hand, and it is held."""
+        if self._key is None:
+            key_id = self._record.metadata.key_id
+            await master.prepare(self._org_id, key_id)
+            self._key = self._keyring.derived(self._org_id, key_id)
 
     def open(self) -> errors.DecryptionFailed | None:
         """Decrypt it: from now on there is a `value`, unless this returns why not."""
-        metadata, token, _, _ = self._record
+        metadata, token, _, _, proof = self._record
+        key = self._key
         try:
-            self.value = self._keyring.decrypt(self._org_id, metadata.key_id, token)
+            if key is None:
+                raise KeyNotHeld(metadata.key_id)
+            self.value = key.decrypt(token)
         except (KeyNotHeld, NotAuthentic):
             return errors.DecryptionFailed(metadata.name, metadata.key_id, self._keyring.held)
+        if proof is not None:
+            proof.key = key
         return None
+
+    def open_again(self) -> None:
+        """Decrypt what is proven."""
+        if self.open() is not None:
+            raise AssertionError("what was decrypted before can't be decrypted now")
 
 
 class Reading:
@@ -92,30 +108,27 @@ class Reading:
         Raises:
             SecretExpired, SecretDamaged, DecryptionFailed: and no value.
         """
-        sealed = self.sealed(attempt, record)
-        if not sealed.ready:
-            await self.make_ready(sealed)
+        sealed = await self.sealed(attempt, record)
         refusal = sealed.open()
         if refusal is not None:
             raise refusal
         return sealed.value
 
-    def sealed(self, attempt: Attempt, record: SecretRecord) -> Sealed:
+    async def sealed(self, attempt: Attempt, record: SecretRecord) -> Sealed:
         """The same, still to be decrypted.
 
         Raises:
             SecretExpired, SecretDamaged: and no value.
         """
-        metadata, _, _, damage = record
+        metadata, _, _, damage, _ = record
         if metadata.expiry is not None and metadata.is_expired(self._clock()):
             raise errors.SecretExpired(metadata.name, metadata.expires_at or "")
         if damage is not None:
             raise errors.SecretDamaged(metadata.name, damage)
-        return Sealed(self._master.keyring, attempt.caller.principal.org_id, record)
-
-    async def make_ready(self, sealed: Sealed) -> None:
-        """Derive its key, if that is held."""
-        await self._master.prepare(*sealed.key)
+        sealed = Sealed(self._master.keyring, attempt.caller.principal.org_id, record)
+        if not sealed.proven:
+            await sealed.find_key(self._master)
+        return sealed
 
     def lock(self, caller: Caller, name: str) -> asyncio.Lock:
         """What changes of a secret take turns with, in this process."""
@@ -127,7 +140,7 @@ class Reading:
 
 
 def _depend(attempt: Attempt, org_id: str, record: SecretRecord) -> None:
-    metadata, _, as_of, _ = record
+    metadata, _, as_of, _, _ = record
     attempt.version = metadata.version
     # Not the id in the file: events name this one.
     attempt.depends += (((org_id, attempt.resource[1] or ""), as_of),)

@@ -84,12 +84,14 @@ class Service:
             _permit(attempt.caller, name)
             reading = self._reading
             record = reading.at_hand(attempt, name) or await reading.read(attempt, name)
-            sealed = reading.sealed(attempt, record)
-            if not sealed.ready:
-                await reading.make_ready(sealed)
+            sealed = await reading.sealed(attempt, record)
             # All of a batch are decrypted one after the other, which takes half the time: the
-            # processor has the code of the ciphers at hand.
-            attempt.prepare = sealed.open
+            # processor has the code of the ciphers at hand. What can't fail has time until the
+            # event is durable.
+            if sealed.proven:
+                attempt.later = sealed.open_again
+            else:
+                attempt.prepare = sealed.open
             return record.metadata, sealed
 
         (metadata, sealed), receipt = await self._path.perform(caller, "secret.read", name, step)

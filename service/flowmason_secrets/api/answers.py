@@ -28,11 +28,12 @@ class Answer(web.StreamResponse):
         # Not `super().__init__`: it makes the changeable headers that are never used here.
         self._state = {}
         self._status = status
-        head = "\r\n".join([*map(_line, headers.items()), ""])
+        lines = [*map(_line, headers.items()), ""]
         # RFC 9110 §5.5: a line break in a value would begin a header of somebody else's choice.
-        if head.count("\n") != len(headers) or head.count("\r") != len(headers):
+        together = "".join(lines)
+        if "\n" in together or "\r" in together:
             raise ValueError("a header value has a line break")
-        self._head = head
+        self._head = "\r\n".join(lines)
         self._content = body
 
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:

@@ -77,7 +77,7 @@ class Dispatcher:
 
     async def __call__(self, raw: BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        request_id = requests.request_id(raw) or self._new_request_id()
+        request_id: str | None = None
         self._active += 1
         call: Call | None = None
         face = self._face
@@ -92,7 +92,8 @@ class Dispatcher:
             decoded = face.query(query, route.known_query) if query else {}
             caller = _NOBODY
             if route.scopes:
-                fingerprint, address, agent, peer = self._sender(raw, face)
+                fingerprint, address, agent, peer, given = self._sender(raw, face)
+                request_id = given or self._new_request_id()
                 found = self._authentication.recall(fingerprint)
                 known = found or await self._authentication.look_up(fingerprint)
                 caller = Caller(*known, address, agent, request_id, peer)
@@ -101,10 +102,11 @@ class Dispatcher:
         except SecretsError as error:
             if isinstance(error, Unauthenticated):
                 self._service.failures.note(requests.client_ip(raw, self._behind_proxy))
-            return face.problem(error, request_id)
+            return face.problem(error, request_id or self._request_id(raw))
         except ConnectionError:
             raise
         except Exception:
+            request_id = request_id or self._request_id(raw)
             _log.exception("request %s failed", request_id)
             return face.internal_error(request_id)
         finally:
@@ -122,6 +124,9 @@ class Dispatcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), seconds)
 
+    def _request_id(self, raw: BaseRequest) -> str:
+        return requests.request_id(raw) or self._new_request_id()
+
     def _sender(self, raw: BaseRequest, face: Face) -> Sender:
         """Clients that keep a connection open tend to send the same headers again."""
         connection = raw.protocol
@@ -134,7 +139,8 @@ class Dispatcher:
         if key is None:
             raise Unauthenticated
         address = requests.client_ip(raw, self._behind_proxy)
-        sender = Sender(digest(key), address, requests.user_agent(raw), requests.peer(raw))
+        agent, peer = requests.user_agent(raw), requests.peer(raw)
+        sender = Sender(digest(key), address, agent, peer, requests.request_id(raw))
         connection.sender = {(id(face), raw.raw_headers): sender}
         return sender
 

@@ -69,13 +69,14 @@ class Peer(NamedTuple):
 
 class Sender(NamedTuple):
     """What a request says of who sent it: the SHA-256 of the API key, the address, the user agent,
-    and for whom it asks.
+    for whom it asks, and how the client calls the request.
     """
 
     digest: str
     client_ip: str | None
     user_agent: str | None
     peer: Peer | None
+    request_id: str | None
 
 
 class Caller(NamedTuple):

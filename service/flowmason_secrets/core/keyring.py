@@ -96,11 +96,36 @@ class NotAuthentic(ValueError):
     """The token was not made with this key, or was changed since."""
 
 
+class DerivedKey:
+    """The key of one organisation, derived from a master key."""
+
+    __slots__ = ("_fernet", "_key_id")
+
+    def __init__(self, key_id: str, fernet: Fernet) -> None:
+        self._key_id = key_id
+        self._fernet = fernet
+
+    def encrypt(self, value: Plaintext) -> bytes:
+        """A Fernet token of `value`."""
+        return self._fernet.encrypt(value.reveal().encode())
+
+    def decrypt(self, token: bytes) -> Plaintext:
+        """The value of `token`.
+
+        Raises:
+            NotAuthentic: the token is not of this key, or is damaged.
+        """
+        try:
+            return Plaintext(self._fernet.decrypt(token).decode())
+        except (InvalidToken, UnicodeDecodeError):
+            raise NotAuthentic(self._key_id) from None
+
+
 class Keyring:
     """The master keys of this process, newest first: the first one encrypts."""
 
     def __init__(self, keys: Sequence[MasterKey]) -> None:
-        self._derived: dict[tuple[str, str], Fernet] = {}
+        self._derived: dict[tuple[str, str], DerivedKey] = {}
         self.hold(keys)
 
     def hold(self, keys: Sequence[MasterKey]) -> None:
@@ -138,9 +163,9 @@ class Keyring:
             return "active"
         return "held" if key_id in self._keys else "missing"
 
-    def derived(self, org_id: str, key_id: str) -> bool:
-        """Whether the key for this organisation is at hand."""
-        return (org_id, key_id) in self._derived
+    def derived(self, org_id: str, key_id: str) -> DerivedKey | None:
+        """The key for this organisation, if it is at hand."""
+        return self._derived.get((org_id, key_id))
 
     def derive(self, org_id: str, key_id: str) -> None:
         """Make the key for this organisation ready. Takes tens of ms: not for the loop.
@@ -156,11 +181,12 @@ class Keyring:
             seed = f"flowmason-default-key-{org_id}".encode()
             material = hashlib.sha256(seed).hexdigest()[:32]
         salt = hashlib.sha256(org_id.encode()).digest()
-        self._derived[org_id, key_id] = Fernet(urlsafe_b64encode(_pbkdf2(material, salt, 32)))
+        fernet = Fernet(urlsafe_b64encode(_pbkdf2(material, salt, 32)))
+        self._derived[org_id, key_id] = DerivedKey(key_id, fernet)
 
     def encrypt(self, org_id: str, value: Plaintext) -> bytes:
         """A Fernet token of `value` under the active key, which must have been derived."""
-        return self._derived[org_id, self._active].encrypt(value.reveal().encode())
+        return self._derived[org_id, self._active].encrypt(value)
 
     def decrypt(self, org_id: str, key_id: str, token: bytes) -> Plaintext:
         """The value of `token`, with the key that `key_id` names and no other.
@@ -169,13 +195,10 @@ class Keyring:
             KeyNotHeld: this keyring has no such key.
             NotAuthentic: the token is not of that key, or is damaged.
         """
-        fernet = self._derived.get((org_id, key_id))
-        if fernet is None:
+        key = self.derived(org_id, key_id)
+        if key is None:
             raise KeyNotHeld(key_id)
-        try:
-            return Plaintext(fernet.decrypt(token).decode())
-        except (InvalidToken, UnicodeDecodeError):
-            raise NotAuthentic(key_id) from None
+        return key.decrypt(token)
 
 
 def _pbkdf2(material: str, salt: bytes, length: int) -> bytes:

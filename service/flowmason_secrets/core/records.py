@@ -75,16 +75,27 @@ class Metadata:
         return self.expiry is not None and self.expiry <= now
 
 
+class Proof:
+    """With which key a token was decrypted: it can be decrypted with that one again."""
+
+    __slots__ = ("key",)
+
+    def __init__(self) -> None:
+        self.key: object = None
+
+
 class SecretRecord(NamedTuple):
     """One secret as it is stored, read when the log stood at `as_of` events.
 
-    `damage` says what is wrong with its files; then `token` is empty.
+    `damage` says what is wrong with its files; then `token` is empty. A record that is kept in
+    memory has a `proof`.
     """
 
     metadata: Metadata
     token: bytes
     as_of: int
     damage: str | None = None
+    proof: Proof | None = None
 
 
 class Inventory(NamedTuple):

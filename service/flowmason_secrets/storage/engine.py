@@ -16,7 +16,7 @@ from ..core.errors import InvalidInput, LogDamaged, LogUnavailable
 from ..core.events import CHANGES, Receipt, changed
 from ..core.intents import Admission, Changes, Intent, admit
 from ..core.ports import STALE, Sources, Verdict
-from ..core.records import Change, PutSecret, Ref, SecretRecord, Single, singles
+from ..core.records import Change, Proof, PutSecret, Ref, SecretRecord, Single, singles
 from . import wire
 from .cache import CiphertextCache
 from .durable import PRIVATE_FILE, Durable
@@ -375,7 +375,8 @@ class Engine:
             return
         for ref, single in parts:
             if isinstance(single, PutSecret):
-                env.cache.put(ref, SecretRecord(single.metadata, single.token, log.position))
+                record = SecretRecord(single.metadata, single.token, log.position, proof=Proof())
+                env.cache.put(ref, record)
 
     def _set_published(self, lock: int, position: int) -> None:
         if _published_up_to(lock) != position:

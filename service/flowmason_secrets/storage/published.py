@@ -15,6 +15,7 @@ from ..core.records import (
     DropSecret,
     Inventory,
     Metadata,
+    Proof,
     PutApiKey,
     PutSecret,
     SecretRecord,
@@ -141,7 +142,7 @@ class Published:
             return SecretRecord(
                 metadata, b"", as_of, "value and metadata are of different versions"
             )
-        return SecretRecord(metadata, token, as_of)
+        return SecretRecord(metadata, token, as_of, proof=Proof())
 
     def organisations(self) -> list[str]:
         """The directories of organisations, or what they would be called."""
