@@ -141,7 +141,11 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        return self.rate / (self.bare or self).rate
+        """To what it is compared with: the median of the rounds' own ratios, as the speed of a
+        machine that others use changes from one round to the next.
+        """
+        rounds = zip(self.rates, (self.bare or self).rates, strict=True)
+        return statistics.median(rate / bare for rate, bare in rounds)
 
     @property
     def slow(self) -> float:
