@@ -606,7 +606,7 @@ async def test_readers_and_writers_beside_it(tmp_path: Path) -> None:
         # The newest event that the organisation has: all readers get that far.
         async with client.post(SECRETS, json={"name": "LAST", "value": "v"}) as response:
             last = int(response.headers["Audit-Seq"])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (streamed and polled and streamed[-1] >= last and polled[-1] >= last):
                 await asyncio.sleep(0.02)
         for reader in readers:
