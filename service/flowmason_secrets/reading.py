@@ -6,7 +6,7 @@ from weakref import WeakValueDictionary
 from .attempts import Attempt
 from .core import errors
 from .core.access import Caller
-from .core.keyring import KeyNotHeld, Keyring, NotAuthentic, Plaintext
+from .core.keyring import Keyring, NotAuthentic, Plaintext
 from .core.ports import Clock, Store
 from .core.records import Ref, SecretRecord
 from .masterkeys import MasterKeys
@@ -43,11 +43,12 @@ class Sealed:
         metadata, token, _, _, proof = self._record
         key = self._key
         try:
-            if key is None:
-                raise KeyNotHeld(metadata.key_id)
-            self.value = key.decrypt(token)
-        except (KeyNotHeld, NotAuthentic):
+            value = None if key is None else key.decrypt(token)
+        except NotAuthentic:
+            value = None
+        if value is None:
             return errors.DecryptionFailed(metadata.name, metadata.key_id, self._keyring.held)
+        self.value = value
         if proof is not None:
             proof.key = key
         return None
@@ -78,22 +79,16 @@ class Reading:
             _depend(attempt, org_id, record)
         return record
 
-    def at_hand(self, attempt: Attempt, name: str) -> SecretRecord | None:
-        """The stored secret if it is in memory; then the attempt depends on it from now on."""
-        org_id = attempt.caller.principal.org_id
-        record = self._store.peek(org_id, name)
-        if record is not None:
-            _depend(attempt, org_id, record)
-        return record
-
     async def read(self, attempt: Attempt, name: str) -> SecretRecord:
         """The stored secret; the attempt depends on it from now on, or on its absence.
 
         Raises:
             SecretNotFound: there is none.
         """
-        record = self.at_hand(attempt, name)
+        org_id = attempt.caller.principal.org_id
+        record = self._store.peek(org_id, name)
         if record is not None:
+            _depend(attempt, org_id, record)
             return record
         # Many may ask for a secret that is not at hand: one of them reads it.
         async with self.lock(attempt.caller, name):

@@ -82,9 +82,8 @@ class Service:
 
         async def step(attempt: Attempt) -> tuple[Metadata, Sealed]:
             _permit(attempt.caller, name)
-            reading = self._reading
-            record = reading.at_hand(attempt, name) or await reading.read(attempt, name)
-            sealed = await reading.sealed(attempt, record)
+            record = await self._reading.read(attempt, name)
+            sealed = await self._reading.sealed(attempt, record)
             # All of a batch are decrypted one after the other, which takes half the time: the
             # processor has the code of the ciphers at hand. What can't fail has time until the
             # event is durable.
