@@ -654,3 +654,20 @@ def test_the_real_clock_is_in_the_lines(logs: Logs) -> None:
     log.append([logs.event()])
     assert abs(times.parse(logs.lines()[-1]["time"], "time") - time.time()) < 5
     log.close()
+
+
+@pytest.mark.parametrize("place", [0, 7, 40])
+def test_a_line_has_8000_bytes_and_not_one_more(logs: Logs, place: int) -> None:
+    """Wherever it stands among others."""
+    events = [logs.event() for _ in range(41)]
+    time = times.render(logs.clock.now)
+    room = MAX_LINE - len(
+        wire.encode_lines([events[place]._replace(details={"n": ""})], place, time)
+    )
+    events[place] = events[place]._replace(details={"n": "x" * room})
+    lines = wire.encode_lines(events, 0, time).splitlines(keepends=True)
+    assert len(lines[place]) == MAX_LINE
+    events[place] = events[place]._replace(details={"n": "x" * (room + 1)})
+    with pytest.raises(wire.Unwritable) as raised:
+        wire.encode_lines(events, 0, time)
+    assert list(raised.value.reasons) == [place]
