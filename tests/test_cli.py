@@ -288,6 +288,37 @@ USAGE: dict[str, tuple[list[str], str]] = {
 }
 
 
+def test_commands_are_imported_when_asked_for() -> None:
+    """By their names; alone, the command line imports none of them."""
+    shown = subprocess.run(
+        (sys.executable, "-c", _COMMANDS_IMPORTED), capture_output=True, text=True, check=True
+    )
+    alone, with_run, *names = shown.stdout.splitlines()
+    assert alone == ""
+    assert "run" in with_run.split()
+    assert not {"audit", "rotate", "serve", "verify"} & set(with_run.split())
+    assert names == sorted(names)
+    assert len(names) == 16
+
+
+_COMMANDS_IMPORTED = """
+import sys, click
+from flowmason_secrets.cli import cli
+context = click.Context(cli)
+parts = {"agent", "audit", "inject", "keys", "log", "render", "rotate", "run", "secret", "serve",
+         "status", "verify"}
+prefix = "flowmason_secrets.cli."
+def imported():
+    return " ".join(part for part in sorted(parts) if prefix + part in sys.modules)
+print(imported())
+cli.get_command(context, "run")
+print(imported())
+for name in cli.list_commands(context):
+    assert cli.get_command(context, name).name == name
+    print(name)
+"""
+
+
 async def test_usage_errors(data_dir: Path) -> None:
     data_dir.mkdir()
     variables = {"FLOWMASON_API_KEY": "k", "FLOWMASON_SECRETS_DIR": str(data_dir)}

@@ -150,7 +150,8 @@ def invocations() -> list[list[str]]:
 def test_commands_and_their_options_exist() -> None:
     assert {arguments[0] for arguments in invocations()} == {"serve", "agent"}
     for name, *arguments in invocations():
-        command = cli.commands[name]
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
         if isinstance(command, click.Group) and arguments[0] in command.commands:
             command = command.commands[arguments.pop(0)]
         known = {option for one in command.params for option in one.opts}

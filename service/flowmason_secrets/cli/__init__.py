@@ -1,5 +1,6 @@
 """The command line. Data go to stdout, everything else to stderr; exit codes 0, 1, 2."""
 
+import importlib
 import io
 import logging
 import os
@@ -11,25 +12,47 @@ import click
 from .. import __version__
 from ..core.errors import ConfigurationError, InvalidInput, SecretsError
 from . import output
-from .agent import agent
-from .audit import audit
-from .inject import inject
-from .keys import keys
-from .log import log
-from .render import render
-from .rotate import rotate_key
-from .run import run
-from .secret import delete_secret, get_secret, list_secrets, metadata, set_secret
-from .serve import serve
-from .status import status
-from .verify import verify
 
 PROGRAM = "flowmason-secrets"
+
+# Where each command is: a module of this package, and its name there.
+_COMMANDS = {
+    "agent": ("agent", "agent"),
+    "audit": ("audit", "audit"),
+    "delete": ("secret", "delete_secret"),
+    "get": ("secret", "get_secret"),
+    "inject": ("inject", "inject"),
+    "keys": ("keys", "keys"),
+    "list": ("secret", "list_secrets"),
+    "log": ("log", "log"),
+    "metadata": ("secret", "metadata"),
+    "render": ("render", "render"),
+    "rotate-key": ("rotate", "rotate_key"),
+    "run": ("run", "run"),
+    "serve": ("serve", "serve"),
+    "set": ("secret", "set_secret"),
+    "status": ("status", "status"),
+    "verify": ("verify", "verify"),
+}
 
 _log = logging.getLogger(__name__)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Imports a command when it is asked for: programs wait for `run`, `inject` and `agent`."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f".{module}", __name__), name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=PROGRAM)
 @click.option("-v", "--verbose", count=True, help="Log more; twice for debugging.")
 def cli(verbose: int) -> None:
@@ -39,12 +62,6 @@ def cli(verbose: int) -> None:
     """
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-
-
-_SECRETS = (set_secret, get_secret, list_secrets, delete_secret, metadata)
-_PROGRAMS = (agent, inject, render, run)
-for command in (*_SECRETS, *_PROGRAMS, audit, keys, log, rotate_key, serve, status, verify):
-    cli.add_command(command)
 
 
 def main() -> None:
