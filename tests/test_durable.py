@@ -11,7 +11,7 @@ import pytest
 from flowmason_secrets.storage import durable
 from flowmason_secrets.storage.durable import Durable
 
-from .harness.faults import STEPS, Unplugged, Watched
+from .harness.faults import STEPS, SYNCS, Call, Unplugged, Watched, io_error
 
 PACKAGE = Path(durable.__file__).parent.parent
 ELSEWHERE = sorted(
@@ -82,6 +82,31 @@ def test_the_system_calls_of_a_step_are_found_while_it_runs(tmp_path: Path) -> N
         "2. write of write of create",
         "3. fdatasync of sync of create",
     ]
+
+
+def test_many_files_are_synced_each_before_their_directory(tmp_path: Path) -> None:
+    """In parts; one that is gone needs no sync; nothing stays open, also of a part that fails."""
+    before = os.listdir("/proc/self/fd")
+    paths = [tmp_path / f"{number:03}" for number in range(70)]
+    for path in paths[1:]:
+        path.write_bytes(b"1234")
+    synced: list[str] = []
+
+    class Noting(Watched):
+        def perform(self, call: Call) -> object:
+            if call.name in SYNCS:
+                synced.append(f"{call.name} {os.readlink(f'/proc/self/fd/{call.arguments[0]}')}")
+                if len(synced) == 100:
+                    raise io_error()
+            return super().perform(call)
+
+    disk = Noting()
+    disk.sync_paths([*paths, tmp_path])
+    assert synced == [*(f"fdatasync {path}" for path in paths[1:]), f"fsync {tmp_path}"]
+    with pytest.raises(OSError, match="Input/output"):
+        disk.sync_paths([*paths, tmp_path])
+    assert len(synced) == 100
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_the_power_goes_off_before_each_call_or_within_it(tmp_path: Path) -> None:

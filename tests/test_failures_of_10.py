@@ -10,7 +10,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -294,9 +294,9 @@ class FullDisk(Durable):
         self._step()
         super().sync(descriptor)
 
-    def sync_path(self, path: StrPath) -> None:
+    def sync_paths(self, paths: Sequence[StrPath]) -> None:
         self._step()
-        super().sync_path(path)
+        super().sync_paths(paths)
 
     def create(self, path: Path, data: bytes, mode: int, *, sync: bool) -> None:
         self._step()

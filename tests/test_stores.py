@@ -645,7 +645,7 @@ async def test_closing_while_all_readers_are_busy_settles_the_journal(
 
 
 async def test_a_failing_close_releases_everything_all_the_same(tmp_path: Path) -> None:
-    disk = Faulty({"sync_path"}, io_error)
+    disk = Faulty({"sync_paths"}, io_error)
     store = files_store(tmp_path, disk)
     await store.commit([put("A")])
     before = set(os.listdir("/proc/self/fd"))
@@ -675,7 +675,7 @@ def _target(descriptor: str) -> str:
 
 @pytest.mark.parametrize(
     "kind",
-    ["open_append", "open_existing", "write", "sync", "sync_path", "create", "rename", "put"],
+    ["open_append", "open_existing", "write", "sync", "sync_paths", "create", "rename", "put"],
 )
 async def test_failing_again_and_again_leaks_no_descriptors(kind: str, tmp_path: Path) -> None:
     disk = Faulty({kind}, io_error)

@@ -32,8 +32,8 @@ FAULTS: dict[str, tuple[Collection[str], Callable[[], OSError]]] = {
     "new segments: create": (("create",), no_space),
     "new segments: rename": (("rename",), io_error),
     "new segments: open": (("open_existing",), io_error),
-    "new segments: the directory": (("sync_path",), io_error),
-    "all of it": (("write", "sync", "create", "rename", "sync_path", "open_append"), io_error),
+    "new segments: the directory": (("sync_paths",), io_error),
+    "all of it": (("write", "sync", "create", "rename", "sync_paths", "open_append"), io_error),
 }
 
 
@@ -194,7 +194,7 @@ async def test_without_events_metadata_are_served(broken: Serving) -> None:
     await check_metadata_are_served(client)
     check_unavailable(await ask(client, "GET", f"{SECRETS}/TOKEN"))
     check_unavailable(await ask(client, "GET", f"{SECRETS}/OTHER"))
-    if disk._kinds.isdisjoint({"sync", "open_existing", "sync_path"}):
+    if disk._kinds.isdisjoint({"sync", "open_existing", "sync_paths"}):
         # Where even what is there already can't be made durable, or be opened, nothing is certain.
         await check_metadata_are_served(client)
     disk.broken = False

@@ -27,7 +27,7 @@ STEPS = tuple(
 
 FUNCTIONS = (types.BuiltinFunctionType, types.FunctionType)
 # Functions of `os` that neither change the disk nor wait for it.
-PASSIVE = frozenset({"close", "fspath", "fstat", "stat"})
+PASSIVE = frozenset({"close", "fspath", "fstat", "posix_fadvise", "stat"})
 WRITES = frozenset({"pwrite", "write"})
 SYNCS = frozenset({"fdatasync", "fsync"})
 

@@ -8,7 +8,7 @@ import fcntl
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 StrPath = str | Path
@@ -19,6 +19,9 @@ SHARED_FILE = 0o640
 
 
 _PIECE = 1 << 20
+
+# Files that are being written at once.
+_TOGETHER = 32
 
 
 class ShortWrite(OSError):
@@ -82,18 +85,35 @@ class Durable:
 
     def sync_path(self, path: StrPath) -> None:
         """Like `sync`, of a file or the names in a directory; one that is gone needs no sync."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        try:
-            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        self.sync_paths([path])
+
+    def sync_paths(self, paths: Sequence[StrPath]) -> None:
+        """Like `sync_path`, of each of them in order. Nothing is known if it raises."""
+        for start in range(0, len(paths), _TOGETHER):
+            descriptors: list[int] = []
+            try:
+                for path in paths[start : start + _TOGETHER]:
+                    with contextlib.suppress(FileNotFoundError):
+                        descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._sync_opened(descriptors)
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+
+    def _sync_opened(self, descriptors: list[int]) -> None:
+        modes = [os.fstat(descriptor).st_mode for descriptor in descriptors]
+        if len(descriptors) > 1 and sys.platform == "linux":
+            # Linux starts to write a file whose pages are not wanted. Whoever syncs them one by one
+            # waits for each, which takes twice as long, and as much of the processor.
+            for descriptor, mode in zip(descriptors, modes, strict=True):
+                if stat.S_ISREG(mode):
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        for descriptor, mode in zip(descriptors, modes, strict=True):
+            if stat.S_ISDIR(mode):
                 # New names alone are no data: fdatasync may leave them where they are.
                 os.fsync(descriptor)
             else:
                 self.sync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def create(self, path: Path, data: bytes, mode: int, *, sync: bool) -> None:
         """Write a new file. If it can't be written whole, nothing is left of it."""

@@ -102,7 +102,4 @@ def _lines(path: Path) -> list[bytes]:
 
 def sync_published(paths: Collection[str], durable: Durable) -> None:
     """Return when these files, and their names in their directories, are on stable storage."""
-    for path in sorted(paths):
-        durable.sync_path(path)
-    for directory in sorted({os.path.dirname(path) for path in paths}):
-        durable.sync_path(directory)
+    durable.sync_paths([*sorted(paths), *sorted({os.path.dirname(path) for path in paths})])
