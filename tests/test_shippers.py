@@ -40,6 +40,7 @@ from .harness.shippers import (
     differences,
     shipping,
 )
+from .harness.signed import newest
 from .test_cli_serve import Certificate
 
 SEGMENT_BYTES = 60_000
@@ -119,16 +120,19 @@ class Log:
         return min((int(path.name[:12]) for path in journals), default=float("inf"))
 
     async def remove_shipped(self, collector: Collector) -> None:
-        """Remove old segments of which all has arrived, until it is cancelled."""
+        """Remove old segments of which all has arrived, until it is cancelled. None that archiving
+        would leave: what recovery may look into, or what is not signed with lines of a later one.
+        """
+        root = self.events.parent
         while True:
             firsts = self.firsts()
             for first, following in itertools.pairwise(firsts[: 1 - STAYING]):
                 lines = self.segment(first)
                 await collector.all_of(lines)
-                if self.staged_from() < following:
+                if self.staged_from() < following or newest(root).size <= following:
                     break
                 self.removed[first] = lines
-                drop_oldest(self.events.parent, 1)
+                drop_oldest(root, 1)
             await asyncio.sleep(0.005)
 
 
