@@ -455,8 +455,8 @@ def report(rows: list[Row]) -> bool:
 def main() -> int:
     """Measure, print the table, and say whether it is as fast as it has to be."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=10, help="length of a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=int, default=2, help="length of a round")
     parser.add_argument(
         "--core", type=int, default=0, choices=(0, 1), help="of one process; wrk has the other"
     )
