@@ -220,7 +220,7 @@ async def test_a_damaged_export(data_dir: Path, tmp_path: Path, name: str) -> No
     (file,) = (out / name).iterdir()
     data = file.read_bytes()
     await grow(data_dir, 5)
-    for wrong in (data[:-1] + b"?", data[:-1], b""):
+    for wrong in (data[:-1] + bytes([data[-1] ^ 1]), data[:-1], b""):
         file.write_bytes(wrong)
         with pytest.raises(AnotherLog, match="is damaged"):
             exported(data_dir, out)
