@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import accumulate
-from operator import add
+from itertools import accumulate, repeat
+from operator import add, floordiv, sub
 
 import msgspec
 import orjson
@@ -57,8 +57,11 @@ class Columns:
         events = _decode(chunk, lines)
         if not self.times:
             self.first = chunk.first
+        elif chunk.first != self.end:
+            raise LogDamaged(f"Event {self.end} is missing from the log.")
         self.last = events[-1].id
-        self.times += [(event.time - _EPOCH) // _MICROSECOND for event in events]
+        since = map(sub, [event.time for event in events], repeat(_EPOCH))
+        self.times += map(floordiv, since, repeat(_MICROSECOND))
         self.segments += [chunk.segment] * len(lines)
         lengths = accumulate(map(len, lines[:-1]), initial=chunk.offset)
         self.offsets += map(add, lengths, range(len(lines)))

@@ -5,10 +5,11 @@ Blocking, and for one thread: every method is called in the index's worker threa
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .. import forking
@@ -67,6 +68,9 @@ _NOT_DAMAGE = frozenset(
 )
 # Within those classes: the file is shorter than it says, or another one took its name.
 _YET_DAMAGE = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_READONLY_DBMOVED})
+
+# How many rows are inserted with one statement.
+_ROWS = 64
 
 _Identity = tuple[int, int]
 
@@ -135,6 +139,22 @@ def unwritten(connection: sqlite3.Connection) -> Iterator[None]:
             connection.rollback()
     finally:
         connection.execute("pragma cache_spill = on")
+
+
+def insert(connection: sqlite3.Connection, table: str, rows: Iterable[tuple[object, ...]]) -> None:
+    """Insert rows, many with one statement: that costs two thirds of as many statements."""
+    found = list(rows)
+    if not found:
+        return
+    width, whole = len(found[0]), len(found) // _ROWS * _ROWS
+    row = f"({', '.join('?' * width)})"
+    fields = itertools.chain.from_iterable(found[:whole])
+    for at_once, values in (
+        (_ROWS, zip(*[fields] * (width * _ROWS), strict=True)),
+        (1, found[whole:]),
+    ):
+        statement = f"insert into {table} values {', '.join([row] * at_once)}"  # noqa: S608 - a table of ours
+        connection.executemany(statement, values)
 
 
 class Database:

@@ -10,7 +10,7 @@ from ..core.errors import LogDamaged
 from ..core.events import Entry, Line
 from ..core.ports import Chunk, Tail
 from .columns import Columns
-from .database import Damaged, writing
+from .database import Damaged, insert, writing
 from .listing import note
 from .sealing import seal_column, seal_columns
 from .terms import Terms
@@ -135,9 +135,7 @@ def _extend(
         if known.position < tail.minimum().minimum:
             raise Damaged("the events that follow were archived")
         raise LogDamaged(f"The log ends before event {known.position}, which was acknowledged.")
-    connection.executemany(
-        "insert into event values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", columns.rows()
-    )
+    insert(connection, "event", columns.rows())
     note(connection, tail, columns.changed)
     first, position = columns.first, columns.end
     # A log whose beginning was archived has no events in the blocks before.
@@ -153,23 +151,13 @@ def _extend(
 
 def _batch(tail: Tail, known: State, stop: int, most: int) -> Iterator[Chunk]:
     """The next lines, not over the end of a block."""
-    start, end = known.position, 0
-    # What is at the beginning of the log, only the first chunk tells.
-    for chunk in tail.chunks(start, min(stop, start + most) if start else stop):
-        if not end:
-            if chunk.first > start > 0:
-                raise Damaged(f"the log begins with event {chunk.first} by now")
-            start = start or chunk.first
-            end = min(start + most, start - start % known.block + known.block, stop)
-        if chunk.first != start:
-            raise LogDamaged(f"Event {start} is missing from the log.")
-        lines = chunk.data.count(b"\n")
-        yield chunk if start + lines <= end else _head(chunk, end - start)
-        start += lines
-        if start >= end:
-            return
-
-
-def _head(chunk: Chunk, lines: int) -> Chunk:
-    data = b"\n".join(chunk.data.split(b"\n", lines)[:lines]) + b"\n"
-    return chunk._replace(data=data)
+    start = known.position
+    if not start:
+        # Where the log begins, only its first lines tell.
+        start = next((chunk.first for chunk in tail.chunks(0, stop)), 0)
+    chunks = tail.chunks(start, min(start + most, start - start % known.block + known.block, stop))
+    for first in chunks:
+        if first.first > start:
+            raise Damaged(f"the log begins with event {first.first} by now")
+        yield first
+        yield from chunks

@@ -12,6 +12,7 @@ from .database import Damaged
 
 # Up to here a list of places is both smaller and about as quick to read as a bitmap.
 _SPARSE = 64
+_PACKED = [struct.Struct(f"<{count}H").pack for count in range(_SPARSE + 1)]
 
 # Up to here one pass over the block for each term is quicker than a step for each event.
 _FEW_TERMS = 64
@@ -64,27 +65,33 @@ def _by_term(
     column: Sequence[int], terms: set[int], _: Sequence[int], block: int
 ) -> Iterator[tuple[int, bytes]]:
     local = {EVERY: 0} | {term: i for i, term in enumerate(terms, 1)}
-    codes = bytes(map(local.__getitem__, reversed(column)))
+    codes = bytes(map(local.__getitem__, column))
+    # Each has the places of one bit of all bytes of a bitmap.
+    slices = [(codes[bit::8], 1 << bit) for bit in range(8)]
     for term in terms:
-        table = bytearray(b"0" * 256)
-        table[local[term]] = 49
-        bits = int(codes.translate(table), 2)
-        yield term, _pack(bits, codes.count(local[term]), block)
+        bits, table = 0, bytearray(256)
+        for places, value in slices:
+            table[local[term]] = value
+            bits |= int.from_bytes(places.translate(table), "little")
+        yield term, _pack(bits, block)
 
 
 def _encode(places: Sequence[int], block: int) -> bytes:
+    """Nothing for a full block, two bytes for each of a few places, or a bitmap."""
     count = len(places)
     if _is_sparse(count, block):
-        return struct.pack(f"<{count}H", *places)
-    digits = bytearray(b"0" * block)
+        return _PACKED[count](*places)
+    if count == block:
+        return b""
+    bitmap = bytearray(block // 8)
     for place in places:
-        digits[place] = 49
-    digits.reverse()
-    return _pack(int(bytes(digits), 2), count, block)
+        bitmap[place >> 3] |= 1 << (place & 7)
+    return bytes(bitmap)
 
 
-def _pack(bits: int, count: int, block: int) -> bytes:
-    """Nothing for a full block, two bytes for each of a few places, or a bitmap."""
+def _pack(bits: int, block: int) -> bytes:
+    """The same of an int."""
+    count = bits.bit_count()
     if count == block:
         return b""
     if not _is_sparse(count, block):
@@ -93,7 +100,7 @@ def _pack(bits: int, count: int, block: int) -> bytes:
     while bits:
         places.append((bits & -bits).bit_length() - 1)
         bits &= bits - 1
-    return struct.pack(f"<{count}H", *places)
+    return _encode(places, block)
 
 
 def _is_sparse(count: int, block: int) -> bool:

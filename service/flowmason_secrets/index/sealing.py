@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Sequence
 
 from .columns import Columns
+from .database import insert
 from .postings import every, seal
 
 # One statement for each column of terms, in the order in which they are sealed.
@@ -47,8 +48,7 @@ def _put(
     number: int,
     block: int,
 ) -> None:
-    postings = seal(columns, places, number, block)
-    connection.executemany("insert into posting values (?, ?)", postings)
+    insert(connection, "posting", seal(columns, places, number, block))
 
 
 def _finish(
