@@ -69,7 +69,12 @@ def _search(opened: Open, tail: Tail, query: AuditQuery, bounds: tuple[int, int]
     if wanted is None or page.full:
         return []
     _fill(page, Source(opened, wanted), wanted, known.sealed)
-    return [_entry(opened.connection, tail, query, seq) for seq in page.seqs]
+    entries = fetch(tail, [_place(opened.connection, seq) for seq in page.seqs])
+    for _, line in entries:
+        # Nothing leaves that was not asked for, whatever the database says.
+        if not _matches(line, query):
+            raise Damaged(f"event {line['seq']} is not what its terms say")
+    return entries
 
 
 def _fill(page: Page, source: Source, wanted: Plan, sealed: int) -> None:
@@ -99,15 +104,12 @@ def _fill_blocks(page: Page, source: Source, high: int, sealed: int) -> None:
             return
 
 
-def _entry(connection: sqlite3.Connection, tail: Tail, query: AuditQuery, seq: int) -> Entry:
+def _place(connection: sqlite3.Connection, seq: int) -> tuple[int, int, int]:
     row = connection.execute('select segment, "offset" from event where seq = ?', (seq,)).fetchone()
     if row is None:
         raise Damaged(f"event {seq} has postings but no row")
-    entry = fetch(tail, seq, *row)
-    # Nothing leaves that was not asked for, whatever the database says.
-    if not _matches(entry.line, query):
-        raise Damaged(f"event {seq} is not what its terms say")
-    return entry
+    segment, offset = row
+    return seq, segment, offset
 
 
 def _matches(line: Line, query: AuditQuery) -> bool:

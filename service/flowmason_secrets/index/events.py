@@ -1,7 +1,7 @@
 """Indexing events: from the lines of the log to rows and postings."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import orjson
@@ -64,24 +64,34 @@ def verify(connection: sqlite3.Connection, tail: Tail) -> None:
     if known.position and known.position <= tail.minimum().minimum:
         raise Damaged("the events that follow were archived")
     if known.position:
-        _, line = fetch(tail, known.position - 1, known.segment, known.offset)
-        if line["id"] != known.event:
+        (last,) = fetch(tail, [(known.position - 1, known.segment, known.offset)])
+        if last.line["id"] != known.event:
             raise Damaged("it belongs to another log")
 
 
-def fetch(tail: Tail, seq: int, segment: int, offset: int) -> Entry:
-    """Raises:
-    Damaged: the log has no such event there; its segment may have been archived.
+def fetch(tail: Tail, found: Sequence[tuple[int, int, int]]) -> list[Entry]:
+    """The events with these seqs, each from its segment and offset.
+
+    Raises:
+        Damaged: the log has no such event there; its segment may have been archived.
     """
+    places = [(segment, offset) for _, segment, offset in found]
     try:
-        if segment < 0 or offset < 0:
+        if any(segment < 0 or offset < 0 for segment, offset in places):
             raise ValueError("a negative place")
-        raw = tail.line(segment, offset)
+        lines = tail.lines_at(places)
+    # OverflowError: a place that no file can have.
+    except (FileNotFoundError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise Damaged(f"events are not where they should be: {type(error).__name__}") from error
+    return [_entry(raw, seq) for raw, (seq, _, _) in zip(lines, found, strict=True)]
+
+
+def _entry(raw: bytes, seq: int) -> Entry:
+    try:
         line: Line = orjson.loads(raw)
         if line["seq"] == seq:
             return Entry(raw, line)
-    # OverflowError: a place that no file can have.
-    except (FileNotFoundError, LookupError, TypeError, ValueError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise Damaged(f"event {seq} is not where it should be: {type(error).__name__}") from error
     raise Damaged(f"event {seq} is not where it should be")
 

@@ -3,21 +3,26 @@
 Blocking.
 """
 
+import errno
 import os
 import re
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from ..core.errors import LogDamaged
-from ..core.ports import Chunk
+from ..core.events import MAX_LINE
+from ..core.ports import Chunk, Place
 from . import wire
 from .minimum import MinimumFile
 
 _CHUNK = 1 << 20
 # About so many bytes has a line, as a rule.
 _LINE = 512
+# How many lines are read at once, each from a segment of its own perhaps.
+_TOGETHER = 128
 _SEGMENT = re.compile(r"audit-([0-9]{12})\.ndjson")
 
 
@@ -127,8 +132,44 @@ def line_place(data: bytes, line: int, lines: int) -> int:
     return place
 
 
-def read_line(directory: Path, segment: int, offset: int) -> bytes:
-    """The line that begins at `offset` of a segment, without its newline."""
-    with (directory / segment_name(segment)).open("rb") as file:
-        file.seek(offset)
-        return file.readline().rstrip(b"\n")
+def read_lines(directory: Path, places: Sequence[Place]) -> list[bytes]:
+    """The lines that begin at these places, each without its newline.
+
+    Raises:
+        FileNotFoundError: a segment is not there.
+        ValueError: no file has such a place.
+    """
+    found: list[bytes] = []
+    for start in range(0, len(places), _TOGETHER):
+        found += _read_together(directory, places[start : start + _TOGETHER])
+    return found
+
+
+def _read_together(directory: Path, places: Sequence[Place]) -> list[bytes]:
+    descriptors: dict[int, int] = {}
+    try:
+        for segment, offset in places:
+            if segment not in descriptors:
+                path = f"{directory}/{segment_name(segment)}"
+                descriptors[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if sys.platform == "linux":
+                # A disk reads many pieces at once in the time that it takes for one.
+                os.posix_fadvise(descriptors[segment], offset, _LINE, os.POSIX_FADV_WILLNEED)
+        return [_line_at(descriptors[segment], offset) for segment, offset in places]
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise ValueError("no place in a file") from error
+        raise
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _line_at(descriptor: int, offset: int) -> bytes:
+    data = os.pread(descriptor, _LINE, offset)
+    while (end := data.find(b"\n")) < 0 and len(data) < MAX_LINE:
+        more = os.pread(descriptor, MAX_LINE, offset + len(data))
+        if not more:
+            break
+        data += more
+    return data if end < 0 else data[:end]

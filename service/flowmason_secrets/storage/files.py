@@ -18,9 +18,9 @@ from ..core.errors import LogUnavailable
 from ..core.intents import Intent
 from ..core.minimum import Minimum
 from ..core.names import secret_id
-from ..core.ports import Chunk, Space, Verdict
+from ..core.ports import Chunk, Place, Space, Verdict
 from ..core.records import ApiKey, Inventory, Metadata, SecretRecord
-from .chunks import ChunkReader, read_line
+from .chunks import ChunkReader, read_lines
 from .engine import JOURNAL_LIMIT, Engine, Environment
 from .minimum import MinimumFile
 from .reserve import Reserve
@@ -188,9 +188,9 @@ class FilesTail:
         """See `Tail.minimum`."""
         return self._minimum.read()
 
-    def line(self, segment: int, offset: int) -> bytes:
-        """See `Tail.line`."""
-        return read_line(self._layout.events, segment, offset)
+    def lines_at(self, places: Sequence[Place]) -> list[bytes]:
+        """See `Tail.lines_at`."""
+        return read_lines(self._layout.events, places)
 
     def organisations(self) -> list[str]:
         """See `Tail.organisations`."""
