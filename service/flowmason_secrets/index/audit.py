@@ -69,7 +69,9 @@ def _search(opened: Open, tail: Tail, query: AuditQuery, bounds: tuple[int, int]
     if wanted is None or page.full:
         return []
     _fill(page, Source(opened, wanted), wanted, known.sealed)
-    entries = fetch(tail, [_place(opened.connection, seq) for seq in page.seqs])
+    # In the order in which they are stored: reading ahead goes only that way.
+    places = {seq: _place(opened.connection, seq) for seq in sorted(page.seqs)}
+    entries = fetch(tail, [places[seq] for seq in page.seqs])
     for _, line in entries:
         # Nothing leaves that was not asked for, whatever the database says.
         if not _matches(line, query):

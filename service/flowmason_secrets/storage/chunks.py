@@ -4,11 +4,13 @@ Blocking.
 """
 
 import errno
+import itertools
 import os
 import re
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +25,8 @@ _CHUNK = 1 << 20
 _LINE = 512
 # How many lines are read at once, each from a segment of its own perhaps.
 _TOGETHER = 128
+# How many bytes a disk reads in about the time that it takes for one.
+_NEAR = 1 << 16
 _SEGMENT = re.compile(r"audit-([0-9]{12})\.ndjson")
 
 
@@ -148,13 +152,14 @@ def read_lines(directory: Path, places: Sequence[Place]) -> list[bytes]:
 def _read_together(directory: Path, places: Sequence[Place]) -> list[bytes]:
     descriptors: dict[int, int] = {}
     try:
-        for segment, offset in places:
-            if segment not in descriptors:
-                path = f"{directory}/{segment_name(segment)}"
-                descriptors[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        for segment, group in itertools.groupby(sorted(places), key=itemgetter(0)):
+            path = f"{directory}/{segment_name(segment)}"
+            descriptors[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             if sys.platform == "linux":
-                # A disk reads many pieces at once in the time that it takes for one.
-                os.posix_fadvise(descriptors[segment], offset, _LINE, os.POSIX_FADV_WILLNEED)
+                for start, stop in _spans(offset for _, offset in group):
+                    os.posix_fadvise(
+                        descriptors[segment], start, stop - start, os.POSIX_FADV_WILLNEED
+                    )
         return [_line_at(descriptors[segment], offset) for segment, offset in places]
     except OSError as error:
         if error.errno == errno.EINVAL:
@@ -163,6 +168,20 @@ def _read_together(directory: Path, places: Sequence[Place]) -> list[bytes]:
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def _spans(offsets: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """What to have the disk read, all at once: it takes less time for a few large pieces, with what
+    is between the lines, than for many small ones.
+    """
+    start = stop = 0
+    for offset in offsets:
+        if offset > stop + _NEAR:
+            if stop:
+                yield start, stop
+            start = offset
+        stop = offset + _LINE
+    yield start, stop
 
 
 def _line_at(descriptor: int, offset: int) -> bytes:
