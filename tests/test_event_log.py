@@ -221,6 +221,33 @@ def test_lines_are_read_up_to_what_is_no_event(spoil: Callable[[bytes], bytes], 
 
 
 @pytest.mark.parametrize(
+    "moved",
+    [
+        lambda first, second, third: first + second + b"\n\n" + third,
+        lambda first, second, third: first + b"\n" + second + third + b"\n",
+        lambda first, second, third: first.replace(b",", b",\n", 1) + b"\n" + second + third,
+        lambda first, second, third: first + second.replace(b"{}}", b"\n{}}\n") + third,
+        lambda first, second, third: first + second[:-1] + b"\n}\n" + third,
+    ],
+)
+def test_a_line_is_one_event(moved: Callable[[bytes, bytes, bytes], bytes], logs: Logs) -> None:
+    """Also where there are as many lines as events, and each is whole."""
+    batch = [logs.event() for _ in range(3)]
+    lines = wire.encode_lines(batch, 5, "2026-01-31T12:00:00.000000Z").splitlines()
+    data = moved(*lines) + b"\n"
+    assert data.count(b"\n") == 3
+    assert data.translate(None, b"\n") == b"".join(lines)
+    one_by_one: list[str] = []
+    for line in data.splitlines():
+        try:
+            one_by_one.append(wire.decode_line(line)["id"])
+        except wire.Malformed:
+            break
+    assert len(one_by_one) < 3
+    assert [line.id for line in wire.decode_lines(data)] == one_by_one
+
+
+@pytest.mark.parametrize(
     "character", ["a", "\0", "\x1f", '"', "\\", "\n", "\x7f", "é", "\U0001f511"]
 )
 def test_the_worst_line_fits_into_8000_bytes_and_is_one_line(logs: Logs, character: str) -> None:

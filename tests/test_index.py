@@ -638,8 +638,14 @@ async def test_a_log_without_the_events_it_should_have() -> None:
     log.lines[10] = b"{}"
     with pytest.raises(LogDamaged, match="event 9"):
         await other.audit(AuditQuery(None), 20)
-    await index.close()
-    await other.close()
+    # As many lines as events, and each event is whole.
+    moved = mixed(1, 20)
+    moved.lines[10], moved.lines[11] = moved.lines[10] + moved.lines[11], b""
+    third = make(moved)
+    with pytest.raises(LogDamaged, match="event 9"):
+        await third.audit(AuditQuery(None), 20)
+    for one in (index, other, third):
+        await one.close()
 
 
 async def test_two_on_one_file(path: Path) -> None:

@@ -11,6 +11,11 @@ Detail = str | int | bool | list[str] | None
 
 MAX_LINE = 8000
 
+# Decoding many lines at once takes any space between objects, also within a line, and objects of
+# several lines. Where this stands between all lines, each of them is one object at least: after a
+# brace that closes something no object goes on with one that opens something.
+BETWEEN_LINES = b"}\n{"
+
 KEY_ROTATE = "key.rotate"
 # An agent told of reads that it served while it could not reach the server.
 DELIVER = "agent.deliver"

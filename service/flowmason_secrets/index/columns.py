@@ -9,7 +9,7 @@ import msgspec
 import orjson
 
 from ..core.errors import LogDamaged
-from ..core.events import KEY_ROTATE, Line, is_change
+from ..core.events import BETWEEN_LINES, KEY_ROTATE, Line, is_change
 from ..core.ports import Chunk
 from .listing import Changed
 from .terms import FIELDS, Indexed, Terms
@@ -77,9 +77,8 @@ def _decode(chunk: Chunk, lines: list[bytes]) -> list[Indexed]:
         events: list[Indexed] = _decoder.decode_lines(chunk.data)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         events = []
-    # Empty lines are passed over, and no events.
-    if len(events) != len(lines):
-        raise _damaged(chunk.first, lines)
+    if not len(events) == len(lines) == chunk.data.count(BETWEEN_LINES) + 1:
+        events = _one_by_one(chunk.first, lines)
     seqs = [event.seq for event in events]
     expected = range(chunk.first, chunk.first + len(lines))
     if seqs != list(expected):
@@ -105,12 +104,12 @@ def _changes(line: Line) -> list[Changed]:
     return [(org_id, line["resource_id"], line["name"])]
 
 
-def _damaged(seq: int, lines: list[bytes]) -> LogDamaged:
-    """What to say of lines of which one is not an event: which one is the first."""
+def _one_by_one(seq: int, lines: list[bytes]) -> list[Indexed]:
+    events: list[Indexed] = []
     for line in lines:
         try:
-            _decoder.decode(line)
+            events.append(_decoder.decode(line))
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            break
-        seq += 1
-    return LogDamaged(f"What follows event {seq - 1} of the log is not an event.")
+            problem = f"What follows event {seq + len(events) - 1} of the log is not an event."
+            raise LogDamaged(problem) from None
+    return events

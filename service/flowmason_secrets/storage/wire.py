@@ -9,7 +9,7 @@ import msgspec
 import orjson
 
 from ..core import times
-from ..core.events import MAX_LINE, MAX_USER_AGENT, Event, Line
+from ..core.events import BETWEEN_LINES, MAX_LINE, MAX_USER_AGENT, Event, Line
 from ..core.names import secret_id
 from ..core.records import ApiKey, Change, DropSecret, Metadata, PutApiKey, PutSecret, Rekey
 
@@ -142,8 +142,8 @@ def decode_lines(data: bytes) -> list[Followed]:
     none.
     """
     try:
-        # Empty lines are passed over, and no events.
-        if len(lines := _decoder.decode_lines(data)) == data.count(b"\n"):
+        lines = _decoder.decode_lines(data)
+        if len(lines) == data.count(b"\n") == data.count(BETWEEN_LINES) + 1:
             return lines
     except (msgspec.MsgspecError, UnicodeDecodeError):
         pass
