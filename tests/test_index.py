@@ -22,7 +22,7 @@ from flowmason_secrets.core.errors import IndexUnavailable, LogDamaged
 from flowmason_secrets.core.events import Line
 from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
-from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Place, Tail
+from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
 from flowmason_secrets.core.records import Metadata
 from flowmason_secrets.index import events, listing, sqlite
 from flowmason_secrets.index.progress import Progress
@@ -136,7 +136,7 @@ class FakeLog:
     def minimum(self) -> Minimum:
         return Minimum(self.archived)
 
-    def lines_at(self, places: Sequence[Place]) -> list[bytes]:
+    def lines_at(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         return [self._line(segment, offset) for segment, offset in places]
 
     def _line(self, segment: int, offset: int) -> bytes:

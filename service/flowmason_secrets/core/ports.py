@@ -189,10 +189,6 @@ class Chunk(NamedTuple):
     data: bytes
 
 
-# A segment, as in `Chunk`, and an offset in it.
-Place = tuple[int, int]
-
-
 class Building(NamedTuple):
     """An index that is being built: `indexed` of so many `events` are in it."""
 
@@ -214,8 +210,8 @@ class Tail(Protocol):
     def minimum(self) -> Minimum:
         """Which events were archived until now: `chunks` has none of them."""
 
-    def lines_at(self, places: Sequence[Place]) -> list[bytes]:
-        """The lines that begin at these places, each without its newline."""
+    def lines_at(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The lines at these places, each a segment and an offset, without their newlines."""
 
     def organisations(self) -> list[str]:
         """The hashes of all organisations that have a directory."""

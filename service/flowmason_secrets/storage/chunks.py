@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from ..core.errors import LogDamaged
 from ..core.events import MAX_LINE
-from ..core.ports import Chunk, Place
+from ..core.ports import Chunk
 from . import wire
 from .minimum import MinimumFile
 
@@ -136,8 +136,8 @@ def line_place(data: bytes, line: int, lines: int) -> int:
     return place
 
 
-def read_lines(directory: Path, places: Sequence[Place]) -> list[bytes]:
-    """The lines that begin at these places, each without its newline.
+def read_lines(directory: Path, places: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The lines at these places, each a segment and an offset, without their newlines.
 
     Raises:
         FileNotFoundError: a segment is not there.
@@ -149,7 +149,7 @@ def read_lines(directory: Path, places: Sequence[Place]) -> list[bytes]:
     return found
 
 
-def _read_together(directory: Path, places: Sequence[Place]) -> list[bytes]:
+def _read_together(directory: Path, places: Sequence[tuple[int, int]]) -> list[bytes]:
     descriptors: dict[int, int] = {}
     try:
         for segment, group in itertools.groupby(sorted(places), key=itemgetter(0)):

@@ -18,7 +18,7 @@ from ..core.errors import LogUnavailable
 from ..core.intents import Intent
 from ..core.minimum import Minimum
 from ..core.names import secret_id
-from ..core.ports import Chunk, Place, Space, Verdict
+from ..core.ports import Chunk, Space, Verdict
 from ..core.records import ApiKey, Inventory, Metadata, SecretRecord
 from .chunks import ChunkReader, read_lines
 from .engine import JOURNAL_LIMIT, Engine, Environment
@@ -188,7 +188,7 @@ class FilesTail:
         """See `Tail.minimum`."""
         return self._minimum.read()
 
-    def lines_at(self, places: Sequence[Place]) -> list[bytes]:
+    def lines_at(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """See `Tail.lines_at`."""
         return read_lines(self._layout.events, places)
 

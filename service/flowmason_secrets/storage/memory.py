@@ -9,7 +9,7 @@ from ..core.events import Event, Receipt
 from ..core.intents import Changes, Intent, admit
 from ..core.minimum import Minimum
 from ..core.names import org_hash, secret_hash
-from ..core.ports import STALE, Chunk, Place, Sources, Space, Verdict
+from ..core.ports import STALE, Chunk, Sources, Space, Verdict
 from ..core.records import (
     ApiKey,
     DropSecret,
@@ -123,7 +123,7 @@ class MemoryStore:
         """See `Tail.minimum`. Nothing is ever archived."""
         return Minimum()
 
-    def lines_at(self, places: Sequence[Place]) -> list[bytes]:
+    def lines_at(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """See `Tail.lines_at`. An offset is a seq here."""
         return [self._lines[seq].rstrip(b"\n") for _, seq in places]
 
