@@ -435,6 +435,24 @@ def test_a_torn_tail_stays_and_a_new_segment_begins(logs: Logs, tail: str, who: 
         one.close()
 
 
+def test_lines_far_from_each_other_are_read_together(tmp_path: Path) -> None:
+    """More segments than are open at once, some with lines far behind each other."""
+    line, far, longest = b'{"seq":1}', 1 << 20, b"x" * (MAX_LINE - 1)
+    places: list[tuple[int, int]] = []
+    for segment in range(150):
+        data = line + b"\n" + b"y" * (far * (segment % 30 == 0)) + b"\n"
+        (tmp_path / segment_name(segment)).write_bytes(data + longest + b"\n" + line)
+        places += [(segment, 0), (segment, len(data)), (segment, len(data) + MAX_LINE)]
+    Random(1).shuffle(places)
+    expected = [longest if 0 < n < 20 or far < n < far + 20 else line for _, n in places]
+    assert read_lines(tmp_path, places) == expected
+    assert read_lines(tmp_path, []) == []
+    with pytest.raises(FileNotFoundError):
+        read_lines(tmp_path, [(0, 0), (150, 0)])
+    with pytest.raises(ValueError, match="no place"):
+        read_lines(tmp_path, [(0, (1 << 63) - 1)])
+
+
 def test_a_line_that_rotted_away_is_missed(logs: Logs) -> None:
     """In a segment that is read again for a recovery: it may stand for a change."""
     log = logs.open(size=2000)

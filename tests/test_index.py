@@ -648,6 +648,14 @@ async def test_a_log_without_the_events_it_should_have() -> None:
         await one.close()
 
 
+async def test_a_line_with_space_around_its_event_is_one() -> None:
+    log = mixed(1, 20)
+    log.lines[10] = b" " + log.lines[10] + b"\r"
+    index = make(log)
+    await check(log, index)
+    await index.close()
+
+
 async def test_two_on_one_file(path: Path) -> None:
     log = FakeLog()
     one, two = make(log, path), make(log, path)
