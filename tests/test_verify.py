@@ -142,6 +142,24 @@ def swap_contents(place: Place, seq: int) -> None:
     place.edit(seq, two)
 
 
+def join(place: Place, seq: int) -> None:
+    """Two events on one line and none on the next: as many of both as before."""
+
+    def two(lines: list[bytes], at: int) -> None:
+        lines[at : at + 2] = lines[at][:-1] + lines[at + 1], b"\n"
+
+    place.edit(seq, two)
+
+
+def shift(place: Place, seq: int) -> None:
+    """An event that ends on the next line, where another one follows."""
+
+    def two(lines: list[bytes], at: int) -> None:
+        lines[at : at + 2] = b"{\n", lines[at][1:-1] + lines[at + 1]
+
+    place.edit(seq, two)
+
+
 def repeat(place: Place, seq: int) -> None:
     place.edit(seq, lambda lines, at: lines.insert(at, lines[at]))
 
@@ -331,6 +349,8 @@ ROWS: dict[str, Row] = {
         lambda p: swap(p, p.middle), middle, r"has seq {after} in place of {middle}$"
     ),
     "two events exchanged": Row(lambda p: swap_contents(p, p.middle), middle, "was changed since"),
+    "two lines joined": Row(lambda p: join(p, p.middle), middle, "not an event"),
+    "a line that ends elsewhere": Row(lambda p: shift(p, p.middle), middle, "not an event"),
     "a line repeated": Row(
         lambda p: repeat(p, p.middle),
         lambda p: p.middle + 1,

@@ -1,11 +1,11 @@
 """Work in several processes, whose results come in order."""
 
-import functools
+import itertools
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
 from threading import Thread
@@ -22,20 +22,25 @@ class Pool:
         self._executor = executor
         self._ahead = ahead
 
-    def each(self, work: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
+    def each(self, work: Callable[[J], R], jobs: Iterable[J], together: int = 1) -> Iterator[R]:
         """The results of `work` for each job, in their order; only a few of them are there at a
-        time.
+        time. A process gets so many jobs together: small ones cost less then.
         """
-        waiting: deque[Callable[[], R]] = deque()
-        for job in jobs:
-            if self._executor is None:
-                waiting.append(functools.partial(work, job))
-            else:
-                waiting.append(self._executor.submit(work, job).result)
+        if self._executor is None:
+            yield from map(work, jobs)
+            return
+        waiting: deque[Future[list[R]]] = deque()
+        rest = iter(jobs)
+        while some := list(itertools.islice(rest, together)):
+            waiting.append(self._executor.submit(_all, work, some))
             if len(waiting) > self._ahead:
-                yield waiting.popleft()()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft()()
+            yield from waiting.popleft().result()
+
+
+def _all(work: Callable[[J], R], jobs: list[J]) -> list[R]:
+    return [work(job) for job in jobs]
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Walk:
             OSError: something can't be read.
         """
         blocks = itertools.chain.from_iterable(map(scanning.blocks, self._log.sources))
-        scanned = self._log.pool.each(scanning.scan, blocks)
+        scanned = self._log.pool.each(scanning.scan, blocks, scanning.TOGETHER)
         groups = itertools.groupby(scanned, key=lambda one: one.segment)
         done = 0
         for source, (_, group) in zip(self._log.sources, groups, strict=True):

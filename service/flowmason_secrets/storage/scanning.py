@@ -7,29 +7,33 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, cast
 
 import msgspec
 import zstandard
 
-from ..core.events import MAX_LINE, Detail
+from ..core.events import BETWEEN_LINES, MAX_LINE, Detail
 from ..core.merkle import leaf_hashes
 from . import wire
 from .chunks import ChunkReader
 from .eventlog import HEADER_BYTES
 
-# In bytes: how much one process gets at a time. What fits into its cache takes the least time.
-BLOCK = 1 << 20
-_PIECE = 1 << 18
+# In bytes. What is made of a block fits into a processor's cache: that takes the least time.
+BLOCK = 1 << 17
+# How many blocks one process gets at a time.
+TOGETHER = 16
+# How much more is read at a time to have the last line of it whole.
+_REST = 1 << 12
 
 # What packed segments that are damaged raise.
 _UNREADABLE = (EOFError, OSError, zlib.error, zstandard.ZstdError)
 
 _SOURCE = re.compile(r"audit-([0-9]{12})\.ndjson(|\.gz|\.zst)")
 # How a time looks, with 0 for each digit.
-_TIME = "0000-00-00T00:00:00.000000Z"
-_DIGITS = str.maketrans("123456789", "000000000")
+_TIME = b"0000-00-00T00:00:00.000000Z"
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 class Source(NamedTuple):
@@ -115,7 +119,9 @@ class _Event(msgspec.Struct, gc=False):
     details: dict[str, Detail]
 
 
-_decode = msgspec.json.Decoder(_Event).decode
+_decoder = msgspec.json.Decoder(_Event)
+_decode = _decoder.decode
+_seq, _time = attrgetter("seq"), attrgetter("time")
 
 
 def sources(events: Path, archives: Sequence[Path]) -> list[Source]:
@@ -176,16 +182,17 @@ def scan(block: Block) -> Scanned:
     lines = data.split(b"\n")
     bad = "not a whole line" if lines.pop() else block.problem
     try:
-        events = [_decode(line) for line in lines]
+        events: list[_Event] = _decoder.decode_lines(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return _scan_slowly(place, lines, bad)
     first = events[0].seq if events else -1
-    times = [event.time for event in events]
+    times = list(map(_time, events))
     if (
-        [event.seq for event in events] != list(range(first, first + len(events)))
+        not len(events) == len(lines) == data.count(BETWEEN_LINES) + 1
+        or list(map(_seq, events)) != list(range(first, first + len(events)))
         or times != sorted(times)
-        or "".join(times).translate(_DIGITS) != _TIME * len(times)
-        or (lines and len(max(lines, key=len)) >= MAX_LINE)
+        or "".join(times).encode().translate(_DIGITS) != _TIME * len(times)
+        or max(map(len, lines)) >= MAX_LINE
     ):
         return _scan_slowly(place, lines, bad)
     return _scanned(place, lines, events, [], bad)
@@ -220,7 +227,7 @@ def _checked(line: bytes, seq: int, before: str) -> tuple[_Event, str | None]:
         return _unknown(seq, before), f"not an event: {error}"
     if len(line) >= MAX_LINE:
         return event, f"longer than {MAX_LINE} bytes"
-    if event.time.translate(_DIGITS) != _TIME:
+    if event.time.encode().translate(_DIGITS) != _TIME:
         event.time = before
         return event, "its time is not one"
     if event.time < before:
@@ -265,16 +272,20 @@ def _read(block: Block) -> tuple[int, bytes]:
     before = min(start, 1)
     with open(source.path, "rb", buffering=0) as file:
         file.seek(start - before)
+        data = _exactly(file, min(stop, source.size) - start + before)
         # What came after the size was taken is not looked at: it may be half written.
-        data = _exactly(file, min(stop + MAX_LINE, source.size) - start + before)
+        for place in range(stop, min(stop + MAX_LINE, source.size), _REST):
+            if data.endswith(b"\n"):
+                break
+            rest = _exactly(file, min(_REST, source.size - place))
+            data += rest[: rest.find(b"\n") + 1 or len(rest)]
     if before:
         # It begins with the end of a line, maybe only with its newline.
         skipped = data.find(b"\n") + 1
         if not 0 < skipped <= stop - start:
             return stop, b""
         start, data = start + skipped - 1, data[skipped:]
-    end = data.find(b"\n", stop - start - 1) + 1 if stop > start else 0
-    return start, data[:end] if end else data
+    return start, data
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:
@@ -298,7 +309,7 @@ def _unpacked(source: Source) -> Iterator[Block]:
     place, kept, problem = 0, b"", None
     try:
         with _opened(source) as file:
-            while piece := file.read(_PIECE):
+            while piece := file.read(BLOCK):
                 kept += piece
                 if len(kept) >= BLOCK:
                     end = kept.rfind(b"\n") + 1 or len(kept)
