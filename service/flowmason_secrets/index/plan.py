@@ -35,8 +35,11 @@ class Plan(NamedTuple):
 
     @property
     def terms(self) -> list[int]:
-        """The rarest kind first: blocks without it need no further look."""
-        order = (self.name, self.actor, self.action, self.outcome, self.type, self.org)
+        """The rarest kind first: blocks without it need no further look. A name has a term in each
+        organisation, which need not be asked for then.
+        """
+        org = self.org if self.name is None else None
+        order = (self.name, self.actor, self.action, self.outcome, self.type, org)
         return [term for term in order if term is not None] or [EVERY]
 
 
