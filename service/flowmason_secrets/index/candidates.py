@@ -5,6 +5,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from .plan import Plan
+from .postings import ALL, Events, as_bits, without
 from .shelf import Open
 
 # How many rows are looked at together where postings don't settle it: a page is often full
@@ -150,17 +151,13 @@ class Source:
 
     def _candidates(self, numbers: Collection[int]) -> dict[int, int]:
         """The events that have all terms, by their blocks."""
-        found = dict.fromkeys(numbers, -1)
+        found: dict[int, Events] = dict.fromkeys(numbers, ALL)
         for term in self._plan.terms:
-            having = self._shelf.having(term, found)
-            both = ((number, bits & having[number]) for number, bits in found.items())
-            found = {number: bits for number, bits in both if bits}
-            if not found:
-                return found
+            found = self._shelf.among(term, found)
         if self._plan.but is not None:
-            for number, bits in self._shelf.having(self._plan.but, found).items():
-                found[number] &= ~bits
-        return found
+            for number, events in self._shelf.among(self._plan.but, found).items():
+                found[number] = without(found[number], events, self._block)
+        return {number: as_bits(events, self._block) for number, events in found.items()}
 
     def _named(self, candidates: dict[int, int]) -> dict[int, int]:
         """The events with one of the names, where that is less to read than the candidates."""

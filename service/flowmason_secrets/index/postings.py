@@ -1,6 +1,7 @@
 """Postings: which events of one block carry a term, as a checked string of bytes. Pure.
 
-An int with bit `i` set stands for the event at place `i` of the block.
+An int with bit `i` set stands for the event at place `i` of the block, and so does a tuple of
+places with `i` in it. A string of bytes is a bitmap, which has not been made into an int.
 """
 
 import struct
@@ -16,6 +17,14 @@ _PACKED = [struct.Struct(f"<{count}H").pack for count in range(_SPARSE + 1)]
 
 # Up to here one pass over the block for each term is quicker than a step for each event.
 _FEW_TERMS = 64
+
+# Up to here looking up each place in bits is quicker than making bits of them.
+_FEW_PLACES = 8
+
+Events = int | tuple[int, ...]
+Posting = Events | bytes
+# Every event, of a block of any size.
+ALL = -1
 
 # The term that every event carries. In a column it stands for a field without a value, which
 # nobody can ask for.
@@ -107,11 +116,16 @@ def _is_sparse(count: int, block: int) -> bool:
     return count <= _SPARSE and 2 * count < block // 8
 
 
-def decode(blob: object, where: int, block: int) -> int:
-    """Raises:
-    Damaged: not what `seal` made for this key.
+def decode(blob: object, where: int, block: int) -> Posting:
+    """The events of a posting, as they are at hand: all of a block as bits, a few as places.
+
+    Raises:
+        Damaged: not what `seal` made for this key.
     """
-    return union([(where, blob)], block)
+    data = _checked(blob, where)
+    if not data:
+        return (1 << block) - 1
+    return data if len(data) == block // 8 else _places(data)
 
 
 def union(postings: Iterable[tuple[int, object]], block: int) -> int:
@@ -121,23 +135,67 @@ def union(postings: Iterable[tuple[int, object]], block: int) -> int:
         Damaged: one is not what `seal` made for its key.
     """
     bits = 0
-    bitmap: bytearray | None = None
+    few: list[int] = []
     for where, blob in postings:
-        # SQLite may hand out any type if the file is damaged.
-        if not isinstance(blob, bytes):
-            raise Damaged("a posting is not a string of bytes")
-        data = blob[:-4]
-        if _check(data, where) != blob[-4:]:
-            raise Damaged("a posting does not match its checksum")
-        if not data:
-            return (1 << block) - 1
-        if len(data) == block // 8:
-            bits |= int.from_bytes(data, "little")
+        posting = decode(blob, where, block)
+        if isinstance(posting, tuple):
+            few += posting
         else:
-            bitmap = bitmap or bytearray(block // 8)
-            for place in struct.unpack(f"<{len(data) // 2}H", data):
-                bitmap[place >> 3] |= 1 << (place & 7)
-    return bits if bitmap is None else bits | int.from_bytes(bitmap, "little")
+            bits |= as_bits(posting, block)
+    return bits | as_bits(tuple(few), block)
+
+
+def as_bits(posting: Posting, block: int) -> int:
+    """The same as bits."""
+    if isinstance(posting, int):
+        return posting
+    if isinstance(posting, tuple):
+        bitmap = bytearray(block // 8)
+        for place in posting:
+            bitmap[place >> 3] |= 1 << (place & 7)
+        posting = bytes(bitmap)
+    return int.from_bytes(posting, "little")
+
+
+def common(events: Events, posting: Posting, block: int) -> Events:
+    """Those of the events that a posting has, too: `ALL` stands for every one.
+
+    Places are looked up one by one, because making bits of a bitmap takes longer than that; but of
+    bits only a few, which takes longer for each.
+    """
+    if events == ALL and isinstance(posting, tuple):
+        return posting
+    if isinstance(events, int):
+        return events & as_bits(posting, block)
+    if isinstance(posting, int) and len(events) > _FEW_PLACES:
+        return as_bits(events, block) & posting
+    if isinstance(posting, int):
+        return tuple([place for place in events if posting >> place & 1])
+    if isinstance(posting, bytes):
+        return tuple([place for place in events if posting[place >> 3] >> (place & 7) & 1])
+    others = frozenset(posting)
+    return tuple([place for place in events if place in others])
+
+
+def without(events: Events, those: Events, block: int) -> Events:
+    """The events but for those."""
+    if isinstance(events, tuple) and isinstance(those, tuple):
+        return tuple([place for place in events if place not in those])
+    return as_bits(events, block) & ~as_bits(those, block)
+
+
+def _places(data: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(data) // 2}H", data)
+
+
+def _checked(blob: object, where: int) -> bytes:
+    # SQLite may hand out any type if the file is damaged.
+    if not isinstance(blob, bytes):
+        raise Damaged("a posting is not a string of bytes")
+    data = blob[:-4]
+    if _check(data, where) != blob[-4:]:
+        raise Damaged("a posting does not match its checksum")
+    return data
 
 
 def _check(data: bytes, where: int) -> bytes:

@@ -2,15 +2,16 @@
 
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from .postings import decode, union
+from .postings import Events, Posting, as_bits, common, decode, union
 from .terms import Terms
 
 # In bytes: what is asked again and again fits in, whatever the length of the log.
 _ROOM = 32 << 20
 _ENTRY = 100
+_PLACE = 40
 
 
 class Shelf:
@@ -20,7 +21,7 @@ class Shelf:
         self.block = block
         self._connection = connection
         # By what it is of and the block's number, the one that was not used for longest first.
-        self._kept: OrderedDict[tuple[object, int], int] = OrderedDict()
+        self._kept: OrderedDict[tuple[object, int], Posting] = OrderedDict()
         self._size = 0
 
     def forget(self) -> None:
@@ -28,35 +29,52 @@ class Shelf:
         self._kept.clear()
         self._size = 0
 
-    def having(self, term: int, numbers: Collection[int]) -> dict[int, int]:
-        """The events that have a term, as bits: of each of these blocks."""
-        found, missing = self._at_hand(term, numbers)
-        found |= dict.fromkeys(missing, 0)
+    def among(self, term: int, candidates: Mapping[int, Events]) -> dict[int, Events]:
+        """Those of the candidates that have a term, by their blocks; blocks without one are left
+        out.
+        """
+        found, missing = self._at_hand(term, candidates)
         for where, blob in self._read(term, missing):
             found[where >> 32] = decode(blob, where, self.block)
-        self._keep(term, missing, found)
-        return found
+        result: dict[int, Events] = {}
+        for number, events in candidates.items():
+            posting = found.get(number, ())
+            if isinstance(posting, bytes) and isinstance(events, int):
+                posting = as_bits(posting, self.block)
+                missing.add(number)
+            if number in missing:
+                self._keep((term, number), posting)
+            if both := common(events, posting, self.block):
+                result[number] = both
+        self._trim()
+        return result
 
     def having_any(
         self, name: object, terms: Collection[int], numbers: Collection[int]
     ) -> dict[int, int]:
-        """The events that have one of the terms. `name` stands for all of them that there are."""
-        found, missing = self._at_hand(name, numbers)
+        """The events that have one of the terms, as bits: of each of these blocks. `name` stands
+        for all terms that there are.
+        """
+        known, missing = self._at_hand(name, numbers)
+        found = {number: as_bits(posting, self.block) for number, posting in known.items()}
         rows: dict[int, list[tuple[int, object]]] = {number: [] for number in missing}
         for term in terms if missing else ():
             for where, blob in self._read(term, missing):
                 rows[where >> 32].append((where, blob))
         for number, postings in rows.items():
             found[number] = union(postings, self.block)
-        self._keep(name, missing, found)
+            self._keep((name, number), found[number])
+        self._trim()
         return found
 
-    def _at_hand(self, name: object, numbers: Collection[int]) -> tuple[dict[int, int], set[int]]:
-        found: dict[int, int] = {}
+    def _at_hand(
+        self, name: object, numbers: Collection[int]
+    ) -> tuple[dict[int, Posting], set[int]]:
+        found: dict[int, Posting] = {}
         for number in numbers:
-            bits = self._kept.get((name, number))
-            if bits is not None:
-                found[number] = bits
+            posting = self._kept.get((name, number))
+            if posting is not None:
+                found[number] = posting
                 self._kept.move_to_end((name, number))
         return found, set(numbers) - found.keys()
 
@@ -72,13 +90,22 @@ class Shelf:
                 if where >> 32 in numbers:
                     yield where, blob
 
-    def _keep(self, name: object, numbers: Collection[int], found: dict[int, int]) -> None:
-        for number in numbers:
-            self._kept[name, number] = found[number]
-            self._size += _ENTRY + found[number].bit_length() // 8
+    def _keep(self, key: tuple[object, int], posting: Posting) -> None:
+        self._size += _room(posting) - _room(self._kept.pop(key, None))
+        self._kept[key] = posting
+
+    def _trim(self) -> None:
         while self._size > _ROOM:
-            _, bits = self._kept.popitem(last=False)
-            self._size -= _ENTRY + bits.bit_length() // 8
+            _, posting = self._kept.popitem(last=False)
+            self._size -= _room(posting)
+
+
+def _room(posting: Posting | None) -> int:
+    if posting is None:
+        return 0
+    if isinstance(posting, int):
+        return _ENTRY + posting.bit_length() // 8
+    return _ENTRY + len(posting) * (1 if isinstance(posting, bytes) else _PLACE)
 
 
 class Open(NamedTuple):

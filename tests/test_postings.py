@@ -1,0 +1,72 @@
+"""Postings against plain sets, whatever they are made of."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowmason_secrets.index.postings import (
+    ALL,
+    Events,
+    Posting,
+    as_bits,
+    common,
+    decode,
+    key,
+    seal,
+    union,
+    without,
+)
+
+BLOCK = 1024
+WHOLE = frozenset(range(BLOCK))
+
+few = st.frozensets(st.integers(0, BLOCK - 1), min_size=1, max_size=12)
+# Up to 63 are stored as places, more as a bitmap.
+some = st.frozensets(st.integers(0, BLOCK - 1), min_size=1, max_size=90)
+many = st.integers(1, BLOCK // 64 * 64).map(lambda step: frozenset(range(0, BLOCK, step)))
+sets = st.one_of(few, some, many, st.just(WHOLE))
+
+
+def stored(places: frozenset[int]) -> tuple[int, bytes]:
+    ((where, blob),) = seal([[1] * len(places)], sorted(places), 7, BLOCK)
+    assert where == key(7, 1)
+    return where, blob
+
+
+def posting(places: frozenset[int], bits: bool) -> Posting:
+    where, blob = stored(places)
+    found = decode(blob, where, BLOCK)
+    return as_bits(found, BLOCK) if bits else found
+
+
+def candidates(places: frozenset[int], bits: bool) -> Events:
+    return sum(1 << place for place in places) if bits else tuple(sorted(places))
+
+
+def places_of(events: Posting) -> frozenset[int]:
+    bits = as_bits(events, BLOCK)
+    return frozenset(place for place in range(BLOCK) if bits >> place & 1)
+
+
+@given(sets, st.booleans())
+def test_a_posting_is_what_was_sealed(places: frozenset[int], bits: bool) -> None:
+    found = posting(places, bits)
+    assert places_of(found) == places
+    assert common(ALL, found, BLOCK) in (found, as_bits(found, BLOCK))
+
+
+@given(sets, st.booleans(), sets, st.booleans())
+def test_what_two_have_in_common_and_what_is_left(
+    one: frozenset[int], bits: bool, other: frozenset[int], as_read: bool
+) -> None:
+    events = candidates(one, bits)
+    both = common(events, posting(other, not as_read), BLOCK)
+    assert places_of(both) == one & other
+    # Nothing is what says that a block has none.
+    assert bool(both) == bool(one & other)
+    assert places_of(without(events, both, BLOCK)) == one - other
+
+
+@given(st.lists(sets, max_size=4))
+def test_what_any_of_them_has(all_of_them: list[frozenset[int]]) -> None:
+    found = union([stored(places) for places in all_of_them], BLOCK)
+    assert places_of(found) == frozenset().union(*all_of_them)
