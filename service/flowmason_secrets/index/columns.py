@@ -1,6 +1,5 @@
 """Events by the column, as they are indexed: nothing else of their lines is decoded."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate, repeat
 from operator import add, floordiv, sub
@@ -42,10 +41,14 @@ class Columns:
         """The seq that follows."""
         return self.first + len(self.times)
 
-    def rows(self) -> Iterator[tuple[int, ...]]:
-        """The events as their table has them."""
+    def rows(self) -> tuple[int, list[int]]:
+        """The events as their table has them: how many fields each has, and all their fields."""
         seqs = range(self.first, self.end)
-        return zip(seqs, self.segments, self.offsets, self.times, *self.terms, strict=True)
+        columns = (seqs, self.segments, self.offsets, self.times, *self.terms)
+        fields = [0] * (len(columns) * len(seqs))
+        for place, column in enumerate(columns):
+            fields[place :: len(columns)] = column
+        return len(columns), fields
 
     def read(self, chunk: Chunk, terms: Terms) -> None:
         """Add the lines of a chunk.

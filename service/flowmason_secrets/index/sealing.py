@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Sequence
+from itertools import chain
 
 from .columns import Columns
 from .database import insert
@@ -48,7 +49,8 @@ def _put(
     number: int,
     block: int,
 ) -> None:
-    insert(connection, "posting", seal(columns, places, number, block))
+    postings = seal(columns, places, number, block)
+    insert(connection, "posting", 2, [*chain.from_iterable(postings)])
 
 
 def _finish(
