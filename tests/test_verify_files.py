@@ -5,6 +5,7 @@ the command.
 import asyncio
 import base64
 import gzip
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flowmason_secrets import app, verifying
 from flowmason_secrets.core import checkpoint, tlogproof
 from flowmason_secrets.core.checkpoint import Checkpoint
-from flowmason_secrets.core.events import Line
+from flowmason_secrets.core.events import MAX_LINE, Line
 from flowmason_secrets.core.merkle import Frontier, leaf_hashes
 from flowmason_secrets.core.note import COSIGNATURE, Signature, Signer, Verifier, cosigned
 from flowmason_secrets.core.tiles import Edge
@@ -64,6 +65,29 @@ def test_it_is_the_same_in_blocks_and_in_processes(
         total = sum(one.stat().st_size for one in place.segments)
         assert progress[-1] == (total, total)
         assert progress == sorted(progress)
+
+
+@pytest.mark.parametrize("block", [400, 3000, 7999, 8000, 8001])
+def test_the_longest_line_goes_on_behind_its_block(
+    place: Place, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def longest(lines: list[bytes], at: int) -> None:
+        fields = orjson.loads(lines[at]) | {"details": {"x": ""}}
+        fields["details"]["x"] = "x" * (MAX_LINE - 1 - len(orjson.dumps(fields)))
+        lines[at] = orjson.dumps(fields) + b"\n"
+        assert len(lines[at]) == MAX_LINE
+
+    place.edit(place.middle, longest)
+    sign_anew(place)
+    whole = place.verify()
+    monkeypatch.setattr(scanning, "BLOCK", block)
+    assert place.verify() == whole
+    # All there is to say of it is what checkpoints say that later events quote.
+    quoted = re.compile(r"was changed since the checkpoint in event \d+ was signed")
+    for one in whole.differences:
+        assert one.seq == place.middle
+        assert quoted.fullmatch(one.problem)
+    assert whole.events == place.size
 
 
 async def test_processes_end_with_who_started_them() -> None:

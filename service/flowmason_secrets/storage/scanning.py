@@ -24,8 +24,6 @@ from .eventlog import HEADER_BYTES
 BLOCK = 1 << 17
 # How many blocks one process gets at a time.
 TOGETHER = 16
-# How much more is read at a time to have the last line of it whole.
-_REST = 1 << 12
 
 # What packed segments that are damaged raise.
 _UNREADABLE = (EOFError, OSError, zlib.error, zstandard.ZstdError)
@@ -272,20 +270,16 @@ def _read(block: Block) -> tuple[int, bytes]:
     before = min(start, 1)
     with open(source.path, "rb", buffering=0) as file:
         file.seek(start - before)
-        data = _exactly(file, min(stop, source.size) - start + before)
         # What came after the size was taken is not looked at: it may be half written.
-        for place in range(stop, min(stop + MAX_LINE, source.size), _REST):
-            if data.endswith(b"\n"):
-                break
-            rest = _exactly(file, min(_REST, source.size - place))
-            data += rest[: rest.find(b"\n") + 1 or len(rest)]
+        data = _exactly(file, min(stop + MAX_LINE, source.size) - start + before)
     if before:
         # It begins with the end of a line, maybe only with its newline.
         skipped = data.find(b"\n") + 1
         if not 0 < skipped <= stop - start:
             return stop, b""
         start, data = start + skipped - 1, data[skipped:]
-    return start, data
+    end = data.find(b"\n", stop - start - 1) + 1 if stop > start else 0
+    return start, data[:end] if end else data
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:
