@@ -1,5 +1,6 @@
 """Events by the column, as they are indexed: nothing else of their lines is decoded."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate, repeat
 from operator import add, floordiv, sub
@@ -41,14 +42,10 @@ class Columns:
         """The seq that follows."""
         return self.first + len(self.times)
 
-    def rows(self) -> tuple[int, list[int]]:
-        """The events as their table has them: how many fields each has, and all their fields."""
+    def rows(self) -> Iterator[tuple[int, ...]]:
+        """The events as their table has them."""
         seqs = range(self.first, self.end)
-        columns = (seqs, self.segments, self.offsets, self.times, *self.terms)
-        fields = [0] * (len(columns) * len(seqs))
-        for place, column in enumerate(columns):
-            fields[place :: len(columns)] = column
-        return len(columns), fields
+        return zip(seqs, self.segments, self.offsets, self.times, *self.terms, strict=True)
 
     def read(self, chunk: Chunk, terms: Terms) -> None:
         """Add the lines of a chunk.

@@ -145,7 +145,7 @@ def _extend(
         if known.position < tail.minimum().minimum:
             raise Damaged("the events that follow were archived")
         raise LogDamaged(f"The log ends before event {known.position}, which was acknowledged.")
-    insert(connection, "event", *columns.rows())
+    insert(connection, "event", columns.rows())
     note(connection, tail, columns.changed)
     first, position = columns.first, columns.end
     # A log whose beginning was archived has no events in the blocks before.

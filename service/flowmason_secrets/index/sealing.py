@@ -2,7 +2,6 @@
 
 import sqlite3
 from collections.abc import Sequence
-from itertools import chain
 
 from .columns import Columns
 from .database import insert
@@ -49,8 +48,7 @@ def _put(
     number: int,
     block: int,
 ) -> None:
-    postings = seal(columns, places, number, block)
-    insert(connection, "posting", 2, [*chain.from_iterable(postings)])
+    insert(connection, "posting", seal(columns, places, number, block))
 
 
 def _finish(
