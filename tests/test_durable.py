@@ -3,20 +3,23 @@ system calls.
 """
 
 import ast
+import contextlib
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from flowmason_secrets.storage import durable
+from flowmason_secrets.storage import durable, filesystems
 from flowmason_secrets.storage.durable import Durable
 
-from .harness.faults import STEPS, SYNCS, Call, Unplugged, Watched, io_error
+from .harness.faults import MANY, STEPS, SYNCS, Call, Failing, Unplugged, Watched, io_error
 
 PACKAGE = Path(durable.__file__).parent.parent
-ELSEWHERE = sorted(
-    path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "storage" / "durable.py"
-)
+# `filesystems` is a system call that `os` lacks.
+WRITING = {PACKAGE / "storage" / name for name in ("durable.py", "filesystems.py")}
+ELSEWHERE = sorted(path for path in PACKAGE.rglob("*.py") if path not in WRITING)
 
 CHANGING = {
     *("pwrite", "writev", "pwritev", "fsync", "fdatasync", "sync", "sendfile", "copy_file_range"),
@@ -24,6 +27,7 @@ CHANGING = {
     *("mkdir", "makedirs", "rmdir", "mkfifo", "link", "symlink", "posix_fallocate"),
 }
 WRITERS = {"write_bytes", "write_text", "touch", "symlink_to", "hardlink_to", "rmtree", "mkstemp"}
+WRITERS |= {"syncfs"}
 READING = {"r", "rb"}
 
 
@@ -64,7 +68,7 @@ def test_durable_goes_through_os_alone() -> None:
     for owner, name, call in calls(PACKAGE / "storage" / "durable.py"):
         if name in CHANGING | {"open", "chmod", "write"}:
             assert owner in ("os", "self"), ast.unparse(call)
-        assert name not in WRITERS, ast.unparse(call)
+        assert name not in WRITERS or owner == "filesystems", ast.unparse(call)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -107,6 +111,137 @@ def test_many_files_are_synced_each_before_their_directory(tmp_path: Path) -> No
         disk.sync_paths([*paths, tmp_path])
     assert len(synced) == 100
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.fixture
+def since(tmp_path: Path) -> Iterator[int]:
+    """A descriptor that is open before anything else is written."""
+    descriptor = os.open(tmp_path / "since", os.O_CREAT | os.O_WRONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+def write_some(directory: Path, count: int) -> list[str]:
+    paths = [str(directory / f"{number:03}") for number in range(count)]
+    for path in paths:
+        Path(path).write_bytes(b"1234")
+    return paths
+
+
+def synced(disk: Watched) -> list[tuple[str, int]]:
+    return [(call.name, call.arguments[0]) for call in disk.calls if call.name in SYNCS]
+
+
+def test_a_file_system_is_synced_at_once_for_many_files(tmp_path: Path, since: int) -> None:
+    """With the disk's cache, which `fsync` empties; a file that is gone needs no sync."""
+    disk = Watched()
+    paths = write_some(tmp_path, MANY)
+    os.unlink(paths[0])
+    disk.sync_paths(paths, since)
+    assert synced(disk) == [("syncfs", since), ("fsync", since)]
+
+
+def test_few_files_are_synced_each(tmp_path: Path, since: int) -> None:
+    disk = Watched()
+    disk.sync_paths(write_some(tmp_path, MANY - 1), since)
+    assert [name for name, _ in synced(disk)] == ["fdatasync"] * (MANY - 1)
+
+
+def test_files_of_which_one_is_elsewhere_are_synced_each(tmp_path: Path, since: int) -> None:
+    disk = Watched()
+    paths = write_some(tmp_path, MANY)
+    elsewhere = Path("/proc/self/mountinfo")
+    assert elsewhere.stat().st_dev != tmp_path.stat().st_dev
+    os.unlink(paths[2])
+    os.symlink(elsewhere, paths[2])
+    with contextlib.suppress(OSError):
+        # It can't be synced; what counts is that it was tried.
+        disk.sync_paths(paths, since)
+    assert [name for name, _ in synced(disk)][:3] == ["fdatasync"] * 3
+
+
+def test_files_of_a_file_system_that_promises_less_are_synced_each(
+    tmp_path: Path, since: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vars(durable), "filesystems", filesystems)
+    monkeypatch.setattr(filesystems, "can_be_synced", lambda device: False)
+    disk = Watched()
+    disk.sync_paths(write_some(tmp_path, MANY), since)
+    assert [name for name, _ in synced(disk)] == ["fdatasync"] * MANY
+
+
+@pytest.mark.parametrize("failing", ["syncfs", "fsync"])
+def test_what_a_file_system_could_not_write_is_told(
+    failing: str, tmp_path: Path, since: int
+) -> None:
+    disk = Failing(0, lambda call: call.do(), lasting=True)
+    disk.sync_paths(write_some(tmp_path, MANY), since)
+    (number,) = [call.number for call in disk.calls if call.name == failing]
+
+    def fail(call: Call) -> None:
+        assert call.name == failing
+        raise io_error()
+
+    with pytest.raises(OSError, match="Input/output"):
+        Failing(number, fail, lasting=False).sync_paths(write_some(tmp_path, MANY), since)
+
+
+def test_a_call_that_fails_says_why() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        filesystems.syncfs(-1)
+
+
+MOUNTS = """\
+21 26 0:20 / /proc rw,nosuid - proc proc rw
+26 1 254:0 / / rw,relatime shared:1 master:2 - ext4 /dev/vda rw,discard
+27 26 0:31 / /dev/shm rw,nosuid shared:3 - tmpfs tmpfs rw
+28 26 259:3 / /srv rw,relatime - xfs /dev/nvme0n1p3 rw,attr2
+29 26 0:44 /data /net rw shared:5 - nfs4 server:/data rw
+30 26 0:45 / /over rw - overlay overlay rw,lowerdir=/a
+31 26 0:46 / /home rw - fuse.sshfs host: rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "release", "can"),
+    [
+        ((254, 0), "6.1.0-18-amd64", True),
+        ((259, 3), "5.8", True),
+        ((254, 0), "5.10.0-rc3+", True),
+        ((254, 0), "5.7.19", False),
+        ((254, 0), "4.19.0-26-amd64", False),
+        ((0, 31), "6.1.0", False),
+        ((0, 44), "6.1.0", False),
+        ((0, 45), "6.1.0", False),
+        ((0, 46), "6.1.0", False),
+        ((0, 99), "6.1.0", False),
+    ],
+)
+def test_which_file_systems_can_be_synced(
+    device: tuple[int, int],
+    release: str,
+    can: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of which it is known, with a kernel that tells errors."""
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS)
+    monkeypatch.setattr(filesystems, "_MOUNTS", mounts)
+    system = os.uname()
+    names = os.uname_result((*system[:2], release, *system[3:]))
+    monkeypatch.setattr(os, "uname", lambda: names)
+    assert filesystems.can_be_synced(os.makedev(*device)) is can
+
+
+def test_the_real_list_of_mounts_is_understood(tmp_path: Path) -> None:
+    """Whatever this directory is on; what is in no list can't be synced."""
+    (kind,) = subprocess.run(
+        ("stat", "-f", "-c", "%T", tmp_path), capture_output=True, text=True, check=True
+    ).stdout.split()
+    can = filesystems.can_be_synced(tmp_path.stat().st_dev)
+    # GNU stat can't tell ext4 from its elders.
+    assert can is (kind in {"ext2/ext3", "xfs"})
 
 
 def test_the_power_goes_off_before_each_call_or_within_it(tmp_path: Path) -> None:

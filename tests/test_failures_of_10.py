@@ -294,9 +294,9 @@ class FullDisk(Durable):
         self._step()
         super().sync(descriptor)
 
-    def sync_paths(self, paths: Sequence[StrPath]) -> None:
+    def sync_paths(self, paths: Sequence[StrPath], since: int | None = None) -> None:
         self._step()
-        super().sync_paths(paths)
+        super().sync_paths(paths, since)
 
     def create(self, path: Path, data: bytes, mode: int, *, sync: bool) -> None:
         self._step()

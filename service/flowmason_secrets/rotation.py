@@ -21,7 +21,7 @@ from .gate import Gate
 from .masterkeys import MasterKeys
 
 # Secrets whose files are written while the commit lock is held: a read waits for as many.
-BATCH = 24
+BATCH = 48
 
 # How often what looks damaged is looked at again.
 _LOOKS = 2

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from flowmason_secrets.storage import durable
+from flowmason_secrets.storage import durable, filesystems
 from flowmason_secrets.storage.durable import Durable, ShortWrite
 
 STEPS = tuple(
@@ -29,7 +29,10 @@ FUNCTIONS = (types.BuiltinFunctionType, types.FunctionType)
 # Functions of `os` that neither change the disk nor wait for it.
 PASSIVE = frozenset({"close", "fspath", "fstat", "posix_fadvise", "stat"})
 WRITES = frozenset({"pwrite", "write"})
-SYNCS = frozenset({"fdatasync", "fsync"})
+SYNCS = frozenset({"fdatasync", "fsync", "syncfs"})
+
+# From so few files on a file system is synced as a whole here: several secrets, but not one.
+MANY = 6
 
 
 class PowerOff(BaseException):
@@ -98,6 +101,8 @@ class Medium:
 class Watched(Durable):
     """Knows its steps and its system calls, and calls `before` and `perform` for each of them."""
 
+    many = MANY
+
     def __init__(self, medium: Medium | None = None) -> None:
         self._medium = medium or Medium()
         self.steps: list[str] = []
@@ -143,13 +148,23 @@ for _kind in STEPS:
 
 
 class _System:
-    """What `durable` knows as `os`."""
+    """What `durable` knows as this module."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self._module = module
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(os, name)
+        found = getattr(self._module, name)
         if not isinstance(found, FUNCTIONS) or name in PASSIVE:
             return found
         return functools.partial(_call, name, found)
+
+
+class _FileSystems(_System):
+    """Any of them can be synced as a whole, wherever the tests run."""
+
+    def can_be_synced(self, device: int) -> bool:
+        return True
 
 
 def _call(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -162,7 +177,7 @@ def _call(name: str, function: Callable[..., Any], *arguments: Any, **options: A
     return disk.perform(call)
 
 
-vars(durable)["os"] = _System()
+vars(durable).update(os=_System(os), filesystems=_FileSystems(filesystems))
 
 
 class Faulty(Watched):

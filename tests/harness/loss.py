@@ -27,9 +27,7 @@ class Volatile(Medium):
         self._syncing = threading.Lock()
         # Holding a file open keeps its inode from being given to another one.
         self._held: dict[int, int] = {}
-        self._content: dict[int, bytes] = {}
-        self._names: dict[str, dict[str, int | None]] = {}
-        self._remember_all()
+        self._names, self._content = self._all()
 
     def perform(self, call: Call) -> Any:
         """Do the call, and remember what it made durable."""
@@ -39,6 +37,12 @@ class Volatile(Medium):
             return self._sync(call)
 
     def _sync(self, call: Call) -> Any:
+        if call.name == "syncfs":
+            everything = self._all()
+            result = call.do()
+            self._names.update(everything[0])
+            self._content.update(everything[1])
+            return result
         descriptor = call.arguments[0]
         path = f"/proc/self/fd/{descriptor}"
         # As it was before: what another thread writes meanwhile is not covered.
@@ -55,12 +59,16 @@ class Volatile(Medium):
             self._content[inode] = content
         return result
 
-    def _remember_all(self) -> None:
+    def _all(self) -> tuple[dict[str, dict[str, int | None]], dict[int, bytes]]:
+        """The names and contents of everything as it is now."""
+        names, contents = {}, {}
         for directory, _, files in os.walk(self._root):
-            self._names[directory] = self._listed(directory)
+            names[directory] = self._listed(directory)
             for name in files:
-                inode, content = self._now(os.path.join(directory, name))
-                self._content[inode] = content
+                with contextlib.suppress(FileNotFoundError):
+                    inode, content = self._now(os.path.join(directory, name))
+                    contents[inode] = content
+        return names, contents
 
     def close(self) -> None:
         """Release what is held."""

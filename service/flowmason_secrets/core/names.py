@@ -117,17 +117,19 @@ def check_label(name: str, field: str = "name") -> str:
     return check_line(field, name)
 
 
+# Bounded: names come from callers.
+@lru_cache(maxsize=4096)
 def org_hash(org_id: str) -> str:
     """The directory of an organisation: the first 16 hex digits of its SHA-256."""
     return hashlib.sha256(org_id.encode()).hexdigest()[:16]
 
 
+@lru_cache(maxsize=4096)
 def secret_hash(name: str) -> str:
     """The stem of a secret's two files: the first 32 hex digits of its name's SHA-256."""
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-# Bounded: names come from callers.
 @lru_cache(maxsize=4096)
 def secret_id(org_id: str, name: str) -> str:
     """The id of a secret, as FlowMason 1.0 made it: 16 hex digits."""

@@ -54,7 +54,7 @@ class Journal:
     def settle(self) -> None:
         """Make durable what was published from this journal, then remove it. It is closed then."""
         try:
-            sync_published(self.published, self._durable)
+            sync_published(self.published, self._durable, self._descriptor)
             self._durable.unlink(self.path)
         finally:
             self.close()
@@ -100,6 +100,7 @@ def _lines(path: Path) -> list[bytes]:
         return []
 
 
-def sync_published(paths: Collection[str], durable: Durable) -> None:
+def sync_published(paths: Collection[str], durable: Durable, since: int | None = None) -> None:
     """Return when these files, and their names in their directories, are on stable storage."""
-    durable.sync_paths([*sorted(paths), *sorted({os.path.dirname(path) for path in paths})])
+    directories = sorted({os.path.dirname(path) for path in paths})
+    durable.sync_paths([*sorted(paths), *directories], since)
