@@ -147,17 +147,18 @@ def test_few_files_are_synced_each(tmp_path: Path, since: int) -> None:
     assert [name for name, _ in synced(disk)] == ["fdatasync"] * (MANY - 1)
 
 
-def test_files_of_which_one_is_elsewhere_are_synced_each(tmp_path: Path, since: int) -> None:
+def test_a_file_that_is_elsewhere_is_synced_itself(tmp_path: Path, since: int) -> None:
+    """Above a data directory that is a volume of its own, another file system begins."""
     disk = Watched()
     paths = write_some(tmp_path, MANY)
     elsewhere = Path("/proc/self/mountinfo")
     assert elsewhere.stat().st_dev != tmp_path.stat().st_dev
-    os.unlink(paths[2])
-    os.symlink(elsewhere, paths[2])
     with contextlib.suppress(OSError):
         # It can't be synced; what counts is that it was tried.
-        disk.sync_paths(paths, since)
-    assert [name for name, _ in synced(disk)][:3] == ["fdatasync"] * 3
+        disk.sync_paths([*paths[:3], elsewhere, *paths[3:]], since)
+    (*whole, (name, _)) = synced(disk)
+    assert whole == [("syncfs", since), ("fsync", since)]
+    assert name == "fdatasync"
 
 
 def test_files_of_a_file_system_that_promises_less_are_synced_each(
@@ -232,6 +233,26 @@ def test_which_file_systems_can_be_synced(
     names = os.uname_result((*system[:2], release, *system[3:]))
     monkeypatch.setattr(os, "uname", lambda: names)
     assert filesystems.can_be_synced(os.makedev(*device)) is can
+
+
+def test_mounts_with_any_name_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(
+        b"25 26 0:9 / /mnt/\xff\x1c\xe2\x80\xa8 rw - vfat /dev/sda rw\n" + MOUNTS.encode()
+    )
+    monkeypatch.setattr(filesystems, "_MOUNTS", mounts)
+    assert filesystems.can_be_synced(os.makedev(254, 0))
+    assert not filesystems.can_be_synced(os.makedev(0, 9))
+
+
+def test_without_a_list_of_mounts_nothing_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory of a root of its own, say, where nobody has mounted /proc."""
+    monkeypatch.setattr(filesystems, "_MOUNTS", tmp_path / "missing")
+    assert not filesystems.can_be_synced(tmp_path.stat().st_dev)
 
 
 def test_the_real_list_of_mounts_is_understood(tmp_path: Path) -> None:

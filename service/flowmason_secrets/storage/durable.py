@@ -98,12 +98,8 @@ class Durable:
         `since` is a descriptor that was open before any of them was written: with it many are
         synced at once, where that can be.
         """
-        if since is not None and len(paths) >= self.many and _on_one(paths, since):
-            # A file whose data went to the disk before may still be in the disk's own cache, which
-            # nobody but `fsync` is bound to empty.
-            filesystems.syncfs(since)
-            os.fsync(since)
-            return
+        if since is not None and len(paths) >= self.many:
+            paths = self._sync_at_once(paths, since)
         for start in range(0, len(paths), _TOGETHER):
             descriptors: list[int] = []
             try:
@@ -114,6 +110,22 @@ class Durable:
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
+
+    def _sync_at_once(self, paths: Sequence[StrPath], descriptor: int) -> Sequence[StrPath]:
+        """Sync those on the file system of this descriptor, if that can be; returns the others."""
+        device = os.fstat(descriptor).st_dev
+        if not filesystems.can_be_synced(device):
+            return paths
+        elsewhere: list[StrPath] = []
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_dev != device:
+                    elsewhere.append(path)
+        filesystems.syncfs(descriptor)
+        # A file whose data went to the disk before may still be in the disk's own cache, which
+        # nobody but `fsync` is bound to empty.
+        os.fsync(descriptor)
+        return elsewhere
 
     def _sync_opened(self, descriptors: list[int]) -> None:
         modes = [os.fstat(descriptor).st_mode for descriptor in descriptors]
@@ -240,18 +252,6 @@ class StateDirectory(Durable):
         """Remove an empty directory; one that is gone already is fine."""
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(path)
-
-
-def _on_one(paths: Sequence[StrPath], descriptor: int) -> bool:
-    """Whether all of them are on the file system of this file, and that can be synced."""
-    device = os.fstat(descriptor).st_dev
-    if not filesystems.can_be_synced(device):
-        return False
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_dev != device:
-                return False
-    return True
 
 
 def _check_whole(written: int, data: bytes) -> None:

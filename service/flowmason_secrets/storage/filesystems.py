@@ -1,7 +1,5 @@
 """A file system as a whole. Linux knows how to sync one; elsewhere files are synced one by one."""
 
-import ctypes
-import functools
 import os
 import sys
 from pathlib import Path
@@ -29,14 +27,12 @@ def syncfs(descriptor: int) -> None:
     Raises:
         OSError: or something could not be, since the descriptor was opened.
     """
-    if _libc().syncfs(descriptor) != 0:
+    # Not for everybody: importing it takes milliseconds, of which an agent has few to start.
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
 
 
 def _kernel() -> tuple[int, ...]:
@@ -45,11 +41,19 @@ def _kernel() -> tuple[int, ...]:
 
 
 def _kind(device: int) -> str | None:
-    """What kind of file system it is; None for one that is not mounted as such."""
+    """What kind of file system it is; None for one that is not mounted as such, or if nobody says.
+
+    The format is that of proc_pid_mountinfo(5).
+    """
     place = f"{os.major(device)}:{os.minor(device)}"
-    for line in _MOUNTS.read_text().splitlines():
-        # proc_pid_mountinfo(5): of the optional fields there are any number, up to the dash.
+    try:
+        # Names of directories may be any bytes; what is looked for here is ASCII.
+        mounts = _MOUNTS.read_text("ascii", "replace")
+    except FileNotFoundError:
+        return None
+    for line in mounts.rstrip("\n").split("\n"):
         fields = line.split(" ")
         if fields[2] == place:
+            # Of the optional fields before the dash there are any number.
             return fields[fields.index("-") + 1]
     return None
