@@ -27,6 +27,7 @@ from flowmason_secrets.sidecar.agent.peers import Allowed
 from .harness import agent as harness
 from .harness.agent import agent, command, start_workers
 from .harness.server import ServerProcess, issue_key, serving, settings_for
+from .test_cli_serve import Certificate
 
 ORG = "acme"
 
@@ -404,6 +405,30 @@ async def test_exit_codes(tmp_path: Path, data_dir: Path) -> None:
     async with serving(data_dir) as server, agent(server.url, "fm_live_x", tmp_path / "b") as wrong:
         code, told = await command("ready", f"--socket={wrong.socket}", "--wait=20s")
         assert code == 77, told
+
+
+async def test_only_whom_the_system_trusts_it_asks(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api_key = await issue_key(data_dir)
+    await put(data_dir, "S", "x")
+    certificate = Certificate(tmp_path)
+    files = (f"--tls-cert={certificate.path}", f"--tls-key={certificate.key}")
+    async with serving(data_dir, *files) as server:
+
+        async def read(state_dir: Path) -> tuple[int, dict[str, Any]]:
+            beside = agent(server.url, api_key, state_dir)
+            async with beside as running, running.client() as client:
+                response = await client.get("/api/v1/secrets/S")
+                return response.status, await response.json(content_type=None)
+
+        status, told = await read(tmp_path / "a")
+        assert status == 503
+        assert "certificate" in told["detail"]
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.path))
+        status, told = await read(tmp_path / "b")
+        assert status == 200
+        assert told["value"] == "x"
 
 
 async def test_it_is_small_and_starts_at_once(data_dir: Path, tmp_path: Path) -> None:

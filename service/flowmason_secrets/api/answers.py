@@ -6,10 +6,10 @@ from functools import lru_cache
 from http import HTTPStatus
 
 import msgspec
-from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpVersion11
 from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 
 _JSON = "application/json"
 
@@ -17,7 +17,7 @@ _STATUS = {int(status): f"{int(status)} {status.phrase}" for status in HTTPStatu
 _line = ": ".join
 
 
-class Answer(web.StreamResponse):
+class Answer(StreamResponse):
     """A whole response whose body is at hand.
 
     aiohttp's own `Response` keeps its headers changeable until they are sent; a tenth of a read

@@ -8,10 +8,11 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from aiohttp import web
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
+from aiohttp.web_server import Server as _Server
 
 from ..core.access import Sender
 from ..core.errors import Overloaded, SecretsError
@@ -250,7 +251,7 @@ class Connection(RequestHandler):
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,
-    ) -> web.StreamResponse:
+    ) -> StreamResponse:
         """The answer to what the parser refused, or we; then the connection is closed."""
         request_id = secrets.token_hex(8)
         if isinstance(exc, SecretsError):
@@ -265,15 +266,15 @@ class Connection(RequestHandler):
     # --- what is answered
 
     def finish_response(
-        self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        self, request: BaseRequest, resp: StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[StreamResponse, bool]]:
         """Send an answer."""
         sending = super().finish_response(request, resp, start_time)
         return self._release_after(sending) if self._held else sending
 
     async def _release_after(
-        self, sending: Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
-    ) -> tuple[web.StreamResponse, bool]:
+        self, sending: Coroutine[Any, Any, tuple[StreamResponse, bool]]
+    ) -> tuple[StreamResponse, bool]:
         try:
             return await sending
         finally:
@@ -324,12 +325,12 @@ class Connection(RequestHandler):
         self._watch_reader()
 
 
-class Server(web.Server):
+class Server(_Server):
     """aiohttp's low-level server within limits."""
 
     def __init__(
         self,
-        handler: Callable[[BaseRequest], Coroutine[Any, Any, web.StreamResponse]],
+        handler: Callable[[BaseRequest], Coroutine[Any, Any, StreamResponse]],
         limits: Limits,
         budget: Budget,
         *,

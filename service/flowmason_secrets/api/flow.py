@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 
-from aiohttp import web
 from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 
 # Seconds for which a reader may take nothing while there is more for him.
 PATIENCE = 30.0
@@ -17,7 +17,7 @@ class Flow:
         self._raw = raw
         # Whether a piece was begun that is not the transport's yet.
         self._sending = False
-        self._response = web.StreamResponse(
+        self._response = StreamResponse(
             headers={
                 "Content-Type": content_type,
                 "Cache-Control": "no-store",
@@ -40,7 +40,7 @@ class Flow:
             if piece:
                 await self._patiently(self._send(piece), PATIENCE)
 
-    async def end(self, patience: float = PATIENCE) -> web.StreamResponse:
+    async def end(self, patience: float = PATIENCE) -> StreamResponse:
         """Tell the reader that this is all; he can tell it from an answer that was cut off, as it
         is if he does not take in what is before it within so many seconds.
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 import msgspec
-from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import PayloadAccessError, RequestPayloadError
 from aiohttp.web_request import BaseRequest
 
 from ..core.access import Caller, Peer
@@ -296,7 +296,7 @@ async def _read(call: Call) -> bytes:
             "Request timeout",
             f"The body did not arrive within {call.body_timeout:g} seconds.",
         ) from None
-    except (web.PayloadAccessError, web.RequestPayloadError, HttpProcessingError):
+    except (PayloadAccessError, RequestPayloadError, HttpProcessingError):
         raise malformed("The body ended early, or is not framed as HTTP says.") from None
     finally:
         body.clear()

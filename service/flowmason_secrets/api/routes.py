@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from aiohttp import web
+from aiohttp.web_response import StreamResponse
 
 from ..core.access import EXECUTE, FULL, READ, SCOPES
 from ..core.records import SecretMetadata
@@ -12,7 +12,7 @@ from . import deliveries, handlers, paging, shapes, trail
 from .formats import FORMATS
 from .requests import PEER_HEADER, Call, decode_segment
 
-Handler = Callable[[Service, Call], Awaitable[web.StreamResponse]]
+Handler = Callable[[Service, Call], Awaitable[StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import logging
 import secrets
 from collections.abc import Callable
 
-from aiohttp import web
 from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 
 from ..authentication import digest
 from ..core.access import Caller, Principal, Sender
@@ -75,7 +75,7 @@ class Dispatcher:
         stem, counter = secrets.token_hex(6), itertools.count(1)
         self._new_request_id: Callable[[], str] = lambda: f"{stem}-{next(counter):x}"
 
-    async def __call__(self, raw: BaseRequest) -> web.StreamResponse:
+    async def __call__(self, raw: BaseRequest) -> StreamResponse:
         """Answer one request."""
         request_id: str | None = None
         self._active += 1

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any, get_args
 
 import msgspec
-from aiohttp import web
+from aiohttp.web_response import StreamResponse
 
 from ..core import times
 from ..core.errors import InvalidInput, SecretsError
@@ -84,7 +84,7 @@ async def summarise_audit_log(service: Service, call: Call) -> Answer:
     return json_answer(shapes.audit_summary(by, bucket, counts, since), headers=headers)
 
 
-async def stream_audit_log(service: Service, call: Call) -> web.StreamResponse:
+async def stream_audit_log(service: Service, call: Call) -> StreamResponse:
     """The events of the organisation as they come, as server-sent events."""
     following = service.following
     wanted = _query(call, after=_resume(call), limit=_HELD)
@@ -96,7 +96,7 @@ async def stream_audit_log(service: Service, call: Call) -> web.StreamResponse:
     return await flow.end(_FAREWELL)
 
 
-async def export_audit_log(service: Service, call: Call) -> web.StreamResponse:
+async def export_audit_log(service: Service, call: Call) -> StreamResponse:
     """All events of the organisation up to now, oldest first."""
     form = FORMATS.get(call.query.get("format", "ndjson"))
     if form is None:

@@ -13,7 +13,7 @@ import msgspec
 
 from .. import config
 from ..core.errors import ConfigurationError, InvalidInput
-from ..sidecar.agent import HEADER, QUIT_PATH, READY_PATH
+from ..sidecar.agent import HEADER, QUIT_PATH, READY_PATH, certificates
 from .exits import CONFIGURATION, DENIED, UNAVAILABLE, Ended, sysexits
 
 if TYPE_CHECKING:
@@ -100,8 +100,9 @@ def agent(
     if context.invoked_subcommand is not None:
         return
     # Takes most of the time of a short command.
-    from ..client.address import check_api_key
-    from ..sidecar.agent.process import AgentSettings
+    with certificates.postponed():
+        from ..client.address import check_api_key
+        from ..sidecar.agent.process import AgentSettings
 
     api_key = config.api_key()
     if url is None or api_key is None:

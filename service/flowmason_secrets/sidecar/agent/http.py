@@ -7,8 +7,8 @@ import secrets
 from typing import Protocol
 
 import msgspec
-from aiohttp import web
 from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 
 from ...api import requests, shapes
 from ...api.answers import Answer, json_answer
@@ -55,7 +55,7 @@ class Routes:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def __call__(self, raw: BaseRequest) -> web.StreamResponse:
+    async def __call__(self, raw: BaseRequest) -> StreamResponse:
         """Answer one request."""
         request_id = requests.request_id(raw) or secrets.token_hex(8)
         call = requests.Call(raw, _NOBODY, {}, {}, self._budget, _BODY_TIMEOUT)

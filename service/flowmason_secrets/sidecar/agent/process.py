@@ -22,6 +22,7 @@ from ...core.events import Ids
 from ...core.keyring import Plaintext
 from ...core.ports import Sources
 from ...storage.durable import Durable
+from . import certificates
 from .background import Changes, Deliveries
 from .http import Routes
 from .lastknown import LastKnown
@@ -93,6 +94,8 @@ async def serve(settings: AgentSettings, ready: Callable[[], None], stop: asynci
     """
     settings.allowed.check_system()
     where = address(settings.url, insecure=settings.insecure)
+    if where.base.startswith("https:"):
+        certificates.load()
     options = Options(
         timeout=settings.timeout,
         connect_timeout=min(1.0, settings.timeout),
