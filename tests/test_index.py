@@ -24,7 +24,7 @@ from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
 from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
 from flowmason_secrets.core.records import Metadata
-from flowmason_secrets.index import events, listing, sqlite
+from flowmason_secrets.index import events, listing, pieces, sealing, sqlite
 from flowmason_secrets.index.progress import Progress
 from flowmason_secrets.index.sqlite import SqliteIndex
 
@@ -304,14 +304,15 @@ quick = settings(
 
 @given(
     st.integers(0, 1000),
-    st.integers(0, 200),
+    st.integers(0, 300),
     st.lists(audits, min_size=10, max_size=30),
     st.sampled_from((8, 16, 64, 2048)),
+    st.sampled_from((3, 1024)),
     st.data(),
 )
 @quick
 def test_an_audit_query_is_a_scan_of_the_lines(
-    seed: int, size: int, queries: list[AuditQuery], block: int, data: st.DataObject
+    seed: int, size: int, queries: list[AuditQuery], block: int, piece: int, data: st.DataObject
 ) -> None:
     log = mixed(seed, size)
 
@@ -323,7 +324,10 @@ def test_an_audit_query_is_a_scan_of_the_lines(
             assert found == scan(log, query, position)
         await index.close()
 
-    asyncio.run(run())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE", piece)
+        patch.setattr(sealing, "_TERMS", 5)
+        asyncio.run(run())
 
 
 @given(st.integers(0, 1000), st.integers(0, 60), st.lists(listings, min_size=5, max_size=20))
@@ -540,7 +544,11 @@ def other_log(path: Path) -> None:
 
 
 def wrong_postings(path: Path) -> None:
-    _sql(path, "update posting set bits = (select bits from posting where id = 1)")
+    _sql(path, "update posting set bits = (select bits from posting order by id limit 1)")
+
+
+def wrong_merged(path: Path) -> None:
+    _sql(path, "update merged set parts = (select parts from merged where id = 1)")
 
 
 def wrong_rows(path: Path) -> None:
@@ -560,7 +568,8 @@ def wrong_secrets(path: Path) -> None:
 
 AT_REST = (
     *(delete, delete_all, empty, shorten, garbage, holes, other_schema, too_far, not_a_number),
-    *(no_state, no_table, other_log, wrong_postings, wrong_rows, misspelt, wrong_secrets),
+    *(no_state, no_table, other_log, wrong_postings, wrong_merged, wrong_rows, misspelt),
+    wrong_secrets,
 )
 # Those others are found when a file is opened.
 WHILE_OPEN = tuple(harm for harm in AT_REST if harm not in (other_schema, other_log, misspelt))
@@ -594,6 +603,48 @@ async def test_damaged_while_open(  # type: ignore[no-untyped-def]
     await check(log, index)
     assert path.exists()
     assert {record.levelno for record in caplog.records} <= {logging.WARNING}
+
+
+async def test_a_group_is_merged_at_once_or_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealing, "_TERMS", 5)
+    log, steps = mixed(2, 320), tmp_path / "steps"
+    # Two groups of blocks, and a part of one.
+    end = log.position()
+    assert 34 < end // 8 < 48
+    index = make(log, steps, block=8)
+    for position in range(0, end, 5):
+        await index.audit(AuditQuery(None, limit=1), position)
+    await check(log, index)
+    await index.close()
+    at_once = tmp_path / "at once"
+    index = make(log, at_once, block=8)
+    await check(log, index)
+    await index.close()
+
+    def blocks(path: Path, table: str) -> set[int]:
+        database = sqlite3.connect(path)
+        found = database.execute(f"select distinct id >> 32 from {table}").fetchall()
+        database.close()
+        return {number for (number,) in found}
+
+    assert blocks(steps, "merged") == blocks(at_once, "merged") == {0, 1}
+    assert blocks(steps, "posting") >= set(range(34))
+    assert not blocks(at_once, "posting") & set(range(32))
+
+
+async def test_two_that_rebuild_one_index(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log, query = mixed(3, 400), AuditQuery("acme", action="secret.read")
+    both = make(log, path, block=8), make(log, path, block=8)
+    # What one has gathered by then, the other seals.
+    for position in range(24, log.position(), 24):
+        for index in both if position % 48 else reversed(both):
+            assert await index.audit(query, position) == scan(log, query, position)
+    for index in both:
+        await check(log, index)
+        await index.close()
+    assert not caplog.records
 
 
 async def test_a_log_that_became_shorter(opened: tuple[FakeLog, SqliteIndex, Path]) -> None:

@@ -1,17 +1,23 @@
 """Postings against plain sets, whatever they are made of."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowmason_secrets.index.database import Damaged
 from flowmason_secrets.index.postings import (
     ALL,
+    GROUP,
     Events,
     Posting,
     as_bits,
+    checked,
     common,
     decode,
     key,
+    merged,
     seal,
+    split,
     union,
     without,
 )
@@ -27,7 +33,7 @@ sets = st.one_of(few, some, many, st.just(WHOLE))
 
 
 def stored(places: frozenset[int]) -> tuple[int, bytes]:
-    ((where, blob),) = seal([[1] * len(places)], sorted(places), 7, BLOCK)
+    ((where, blob),) = checked(seal([[1] * len(places)], sorted(places), 7, BLOCK))
     assert where == key(7, 1)
     return where, blob
 
@@ -54,6 +60,28 @@ def test_a_posting_is_what_was_sealed(places: frozenset[int], bits: bool) -> Non
     assert common(ALL, found, BLOCK) in (found, as_bits(found, BLOCK))
 
 
+@given(st.dictionaries(st.integers(0, GROUP - 1), st.tuples(sets, sets)))
+def test_what_was_merged_is_what_each_block_has(
+    blocks: dict[int, tuple[frozenset[int], ...]],
+) -> None:
+    first = 3 * GROUP
+    postings = [
+        one
+        for number, both in blocks.items()
+        for term, places in enumerate(both, 1)
+        for one in seal([[term] * len(places)], sorted(places), first + number, BLOCK)
+    ]
+    found = dict(merged(postings, 3))
+    assert list(found) == [key(3, term) for term in (1, 2) if blocks]
+    for where, blob in found.items():
+        parts = split(blob, where, BLOCK)
+        assert {number - first: places_of(posting) for number, posting in parts.items()} == {
+            number: both[(where & 0xFF) - 1] for number, both in blocks.items()
+        }
+        with pytest.raises(Damaged):
+            split(blob, where + 1, BLOCK)
+
+
 @given(sets, st.booleans(), sets, st.booleans())
 def test_what_two_have_in_common_and_what_is_left(
     one: frozenset[int], bits: bool, other: frozenset[int], as_read: bool
@@ -66,7 +94,8 @@ def test_what_two_have_in_common_and_what_is_left(
     assert places_of(without(events, both, BLOCK)) == one - other
 
 
-@given(st.lists(sets, max_size=4))
-def test_what_any_of_them_has(all_of_them: list[frozenset[int]]) -> None:
-    found = union([stored(places) for places in all_of_them], BLOCK)
-    assert places_of(found) == frozenset().union(*all_of_them)
+@given(st.lists(st.tuples(sets, st.booleans()), max_size=4))
+def test_what_any_of_them_has(all_of_them: list[tuple[frozenset[int], bool]]) -> None:
+    found = union([posting(places, bits) for places, bits in all_of_them], BLOCK)
+    sets_ = [places for places, _ in all_of_them]
+    assert places_of(found) == frozenset().union(*sets_)

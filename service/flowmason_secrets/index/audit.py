@@ -95,7 +95,7 @@ def _fill_rows(page: Page, source: Source, high: int, sealed: int) -> None:
 
 def _fill_blocks(page: Page, source: Source, high: int, sealed: int) -> None:
     for candidates in source.blocks(min(sealed, high)):
-        if candidates.settled:
+        if candidates.timely and candidates.named:
             page.add_all(candidates.base, candidates.bits)
         else:
             for seq in source.matching(candidates):

@@ -4,13 +4,14 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import NamedTuple
 
+from . import pieces
+from .database import Damaged
+from .pieces import Span, unpack
 from .plan import Plan
-from .postings import ALL, Events, as_bits, without
+from .postings import ALL, Events, as_bits, unchecked, without
 from .shelf import Open
 
-# How many rows are looked at together where postings don't settle it: a page is often full
-# before a whole block was read. Of fewer candidates, each has its row looked up.
-_PIECE = 1024
+# Of fewer candidates in a piece that postings don't settle, each has its row looked up.
 _FEW = 32
 
 # How many blocks have their postings read together: the first page of most queries is in the newest
@@ -40,13 +41,14 @@ _ROWS = 4
 
 
 class Candidates(NamedTuple):
-    """Events of one block as bits, the lowest for event `base`. If they are settled, all match;
-    otherwise only their time or their name may be another one.
+    """Events of one block as bits, the lowest for event `base`: they match, unless their time may
+    be another one (not `timely`), or their name (not `named`).
     """
 
     base: int
     bits: int
-    settled: bool
+    timely: bool
+    named: bool
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -59,7 +61,7 @@ class Source:
     """The events of a plan."""
 
     def __init__(self, opened: Open, plan: Plan) -> None:
-        self._connection, _, self._shelf = opened
+        self._connection, self._shelf = opened.connection, opened.shelf
         self._block = self._shelf.block
         self._plan = plan
         self._parameters = plan._asdict() | {"names": None, "named": plan.names is not None}
@@ -109,36 +111,55 @@ class Source:
             named = self._named(candidates)
             for number, first, last in run:
                 base, bits = number * self._block, candidates.get(number, 0)
-                settled = plan.since <= first and last < plan.until
                 if number in named:
                     bits &= named[number]
-                elif plan.names is not None:
-                    settled = False
                 if base + self._block > high:
                     bits &= (1 << (high - base)) - 1
                 if base < plan.low:
                     bits &= -1 << (plan.low - base)
                 if bits:
-                    yield Candidates(base, bits, settled)
+                    timely = plan.since <= first and last < plan.until
+                    yield Candidates(base, bits, timely, plan.names is None or number in named)
             length = min(2 * length, _RUN)
 
     def matching(self, candidates: Candidates) -> Iterator[int]:
-        """The matching events among candidates that are not settled, in the plan's order."""
-        base, bits, _ = candidates
-        lows = range(0, self._block, _PIECE)
-        for low in lows if self._plan.ascending else reversed(lows):
-            piece = candidates._replace(base=base + low, bits=bits >> low & ((1 << _PIECE) - 1))
-            if piece.bits.bit_count() > _FEW:
+        """The matching events among candidates, in the plan's order. Piece by piece: a page is
+        often full before all of them were looked at.
+        """
+        plan, spans = self._plan, self._spans(candidates.base // self._block)
+        lows = range(0, self._block, pieces.PIECE)
+        for low in lows if plan.ascending else reversed(lows):
+            first, last = spans[low // pieces.PIECE]
+            if last < plan.since or first >= plan.until:
+                continue
+            bits = candidates.bits >> low & ((1 << pieces.PIECE) - 1)
+            timely = plan.since <= first and last < plan.until
+            piece = Candidates(candidates.base + low, bits, timely, candidates.named)
+            if piece.timely and piece.named:
+                yield from self._in_order(piece)
+            elif bits.bit_count() > _FEW:
                 yield from self.rows(*piece.bounds)
             else:
                 yield from self._one_by_one(piece)
 
-    def _one_by_one(self, piece: Candidates) -> Iterator[int]:
-        plan, (base, bits, _) = self._plan, piece
+    def _spans(self, number: int) -> list[Span]:
+        stored = self._connection.execute(
+            "select number, spans from piece where number = ?", (number,)
+        )
+        for _, data in unchecked(stored):
+            return unpack(data)
+        raise Damaged(f"block {number} has no times")
+
+    def _in_order(self, piece: Candidates) -> Iterator[int]:
+        bits = piece.bits
         while bits:
-            place = (bits & -bits if plan.ascending else bits).bit_length() - 1
-            seq = base + place
+            place = (bits & -bits if self._plan.ascending else bits).bit_length() - 1
             bits ^= 1 << place
+            yield piece.base + place
+
+    def _one_by_one(self, piece: Candidates) -> Iterator[int]:
+        plan = self._plan
+        for seq in self._in_order(piece):
             row = self._connection.execute(
                 "select name from event where seq = ? and time >= ? and time < ?",
                 (seq, plan.since, plan.until),

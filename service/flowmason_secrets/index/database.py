@@ -18,12 +18,12 @@ from ..core.ports import Tail
 _LOG = logging.getLogger(__name__)
 
 MEMORY = ":memory:"
-VERSION = 3
+VERSION = 4
 
 _SCHEMA = """
 create table state (
     id integer primary key check (id = 1), position integer not null, sealed integer not null,
-    columns integer not null, filled integer not null, block integer not null,
+    steps integer not null, filled integer not null, block integer not null,
     segment integer not null, "offset" integer not null, event text not null
 );
 create table term (
@@ -37,9 +37,11 @@ create table event (
     outcome integer not null, name integer not null, actor integer not null
 );
 create table posting (id integer primary key, bits blob not null);
+create table merged (id integer primary key, parts blob not null);
 create table block (
     number integer primary key, first integer not null, last integer not null
 );
+create table piece (number integer primary key, spans blob not null);
 create table secret (
     org text not null, stem text not null, id text not null, name blob not null,
     category text not null, expiry real, key_id text not null, data blob not null,

@@ -12,8 +12,8 @@ from ..core.ports import Chunk, Tail
 from .columns import Columns
 from .database import Damaged, insert, writing
 from .listing import note
-from .sealing import seal_column, seal_columns
-from .terms import Terms
+from .sealing import seal_step
+from .shelf import Open
 
 # How many whole blocks may wait for their postings while there are events to index: sealing takes
 # longer than a query that finds a few new events should.
@@ -21,8 +21,8 @@ _WAITING = 2
 
 
 class State(NamedTuple):
-    """How far the index is: `position` events, of which the first `sealed` have postings, and those
-    of the next block for `columns` of their columns.
+    """How far the index is: `position` events, of which the first `sealed` have postings. To seal
+    the next block, `steps` were taken.
 
     What changed before `filled` was in the metadata when the listing was filled. `segment`,
     `offset` and `event` are the place and the id of the last event.
@@ -30,7 +30,7 @@ class State(NamedTuple):
 
     position: int
     sealed: int
-    columns: int
+    steps: int
     filled: int
     block: int
     segment: int
@@ -43,7 +43,7 @@ def state(connection: sqlite3.Connection) -> State:
     Damaged: there is none, or one that can't be.
     """
     row = connection.execute(
-        'select position, sealed, columns, filled, block, segment, "offset", event from state'
+        'select position, sealed, steps, filled, block, segment, "offset", event from state'
     ).fetchone()
     if row is None:
         raise Damaged("its state is missing")
@@ -96,51 +96,56 @@ def _entry(raw: bytes, seq: int) -> Entry:
     raise Damaged(f"event {seq} is not where it should be")
 
 
-def extend(terms: Terms, connection: sqlite3.Connection, tail: Tail, stop: int, most: int) -> bool:
+def extend(opened: Open, tail: Tail, stop: int, most: int) -> bool:
     """Take one step in one transaction; whether there was one to take.
 
-    A step indexes at most `most` events below `stop`, or seals a column of a whole block. What
+    A step indexes at most `most` events below `stop`, or is one of those that seal a block. What
     another process did meanwhile is not done again.
 
     Raises:
         LogDamaged: the log does not hold the events it should.
         Damaged: events that were not indexed yet have been archived.
     """
-    terms.trim()
+    connection, gathered = opened.connection, opened.gathered
+    opened.terms.trim()
     try:
         with writing(connection, tail):
             known = state(connection)
-            waiting = known.position - known.sealed
+            gathered.keep(known.sealed, known.position)
+            waiting = known.position - known.sealed - gathered.events
             bound = known.block * (_WAITING if most < known.block else 1)
-            if waiting >= (known.block if known.position >= stop else bound):
+            if gathered.events and known.block > min(most, stop - known.position):
+                _advance(connection, gathered.write(connection))
+            elif waiting >= (known.block if known.position >= stop else bound):
                 _seal(connection, known)
             elif known.position < stop:
-                _extend(terms, connection, tail, known, (stop, most))
+                _extend(opened, tail, known, (stop, most))
             else:
                 return False
             return True
     except BaseException:
-        terms.forget()
+        opened.terms.forget()
+        gathered.forget()
         raise
 
 
 def _seal(connection: sqlite3.Connection, known: State) -> None:
-    if seal_column(connection, known.sealed, known.block, known.columns):
-        connection.execute("update state set columns = 0, sealed = sealed + block")
+    # Queries see the postings of the block once all steps were taken.
+    if seal_step(connection, known.sealed, known.block, known.steps):
+        _advance(connection, known.block)
     else:
-        connection.execute("update state set columns = columns + 1")
+        connection.execute("update state set steps = steps + 1")
 
 
-def _extend(
-    terms: Terms,
-    connection: sqlite3.Connection,
-    tail: Tail,
-    known: State,
-    bounds: tuple[int, int],
-) -> None:
+def _advance(connection: sqlite3.Connection, events: int) -> None:
+    connection.execute("update state set steps = 0, sealed = sealed + ?", (events,))
+
+
+def _extend(opened: Open, tail: Tail, known: State, bounds: tuple[int, int]) -> None:
+    connection, gathered = opened.connection, opened.gathered
     columns = Columns(known.filled)
     for chunk in _batch(tail, known, *bounds):
-        columns.read(chunk, terms)
+        columns.read(chunk, opened.terms)
     if columns.last is None:
         if known.position < tail.minimum().minimum:
             raise Damaged("the events that follow were archived")
@@ -150,9 +155,8 @@ def _extend(
     first, position = columns.first, columns.end
     # A log whose beginning was archived has no events in the blocks before.
     sealed = known.sealed if known.position else first - first % known.block
-    if position - first == known.block and first == sealed:
-        seal_columns(connection, columns, known.block)
-        sealed = position
+    if gathered.takes(columns, sealed):
+        sealed += gathered.add(connection, columns)
     connection.execute(
         'update state set position = ?, sealed = ?, segment = ?, "offset" = ?, event = ?',
         (position, sealed, columns.segments[-1], columns.offsets[-1], columns.last),

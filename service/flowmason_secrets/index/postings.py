@@ -1,4 +1,7 @@
-"""Postings: which events of one block carry a term, as a checked string of bytes. Pure.
+"""Postings: which events of one block carry a term, as a string of bytes. Pure.
+
+Those of a group of blocks are merged, term by term, once all of them are there: a disk that has to
+be asked finds what a query needs in one place, not in one for each block.
 
 An int with bit `i` set stands for the event at place `i` of the block, and so does a tuple of
 places with `i` in it. A string of bytes is a bitmap, which has not been made into an int.
@@ -14,6 +17,13 @@ from .database import Damaged
 # Up to here a list of places is both smaller and about as quick to read as a bitmap.
 _SPARSE = 64
 _PACKED = [struct.Struct(f"<{count}H").pack for count in range(_SPARSE + 1)]
+
+# How many blocks are a group.
+GROUP = 16
+# Before each part of a merged posting: which block of its group, and how many bytes.
+_PART = struct.Struct("<BH")
+# What of a key is the term.
+_TERM = 0xFFFFFFFF
 
 # Up to here one pass over the block for each term is quicker than a step for each event.
 _FEW_TERMS = 64
@@ -39,7 +49,7 @@ def key(number: int, term: int) -> int:
 def seal(
     columns: Iterable[Sequence[int]], places: Sequence[int], number: int, block: int
 ) -> Iterator[tuple[int, bytes]]:
-    """The keys and postings of a block's events, in the order of the keys.
+    """The keys and the postings of a block's events, in the order of the keys.
 
     `columns` hold one term of each event, `places` where in the block each event is.
     """
@@ -50,14 +60,28 @@ def seal(
         split = _by_term if whole and len(terms) <= _FEW_TERMS else _by_event
         found.update(split(column, terms, places, block))
     for term in sorted(found):
-        where = key(number, term)
-        yield where, found[term] + _check(found[term], where)
+        yield key(number, term), found[term]
 
 
 def every(places: Sequence[int], number: int, block: int) -> tuple[int, bytes]:
     """The key and the posting of the term that every event carries."""
-    where, data = key(number, EVERY), _encode(places, block)
-    return where, data + _check(data, where)
+    return key(number, EVERY), _encode(places, block)
+
+
+def checked(postings: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Postings as they are stored: each with a checksum."""
+    for where, data in postings:
+        yield where, data + _check(data, where)
+
+
+def unchecked(stored: Iterable[tuple[int, object]]) -> Iterator[tuple[int, bytes]]:
+    """What was stored so.
+
+    Raises:
+        Damaged: one is not what was stored for its key.
+    """
+    for where, blob in stored:
+        yield where, _checked(blob, where)
 
 
 def _by_event(
@@ -120,24 +144,50 @@ def decode(blob: object, where: int, block: int) -> Posting:
     """The events of a posting, as they are at hand: all of a block as bits, a few as places.
 
     Raises:
-        Damaged: not what `seal` made for this key.
+        Damaged: not what was stored for this key.
     """
-    data = _checked(blob, where)
+    return _decode(_checked(blob, where), block)
+
+
+def merged(postings: Iterable[tuple[int, bytes]], group: int) -> Iterator[tuple[int, bytes]]:
+    """The keys and the merged postings of some terms, in the order of the keys, as they are stored.
+    All that the blocks of the group have of these terms is given, with the keys.
+    """
+    parts: defaultdict[int, list[bytes]] = defaultdict(list)
+    for where, data in postings:
+        parts[where & _TERM] += (_PART.pack((where >> 32) % GROUP, len(data)), data)
+    for term in sorted(parts):
+        where, data = key(group, term), b"".join(parts[term])
+        yield where, data + _check(data, ~where)
+
+
+def split(blob: object, where: int, block: int) -> dict[int, Posting]:
+    """What was merged, by the number of the block; blocks without an event have none.
+
+    Raises:
+        Damaged: not what `merged` made for this key.
+    """
+    data = _checked(blob, ~where)
+    found: dict[int, Posting] = {}
+    first, place = (where >> 32) * GROUP, 0
+    while place < len(data):
+        number, size = _PART.unpack_from(data, place)
+        place += _PART.size + size
+        found[first + number] = _decode(data[place - size : place], block)
+    return found
+
+
+def _decode(data: bytes, block: int) -> Posting:
     if not data:
         return (1 << block) - 1
     return data if len(data) == block // 8 else _places(data)
 
 
-def union(postings: Iterable[tuple[int, object]], block: int) -> int:
-    """The events that any of the postings has; they come with their keys.
-
-    Raises:
-        Damaged: one is not what `seal` made for its key.
-    """
+def union(postings: Iterable[Posting], block: int) -> int:
+    """The events that any of the postings has."""
     bits = 0
     few: list[int] = []
-    for where, blob in postings:
-        posting = decode(blob, where, block)
+    for posting in postings:
         if isinstance(posting, tuple):
             few += posting
         else:

@@ -1,11 +1,14 @@
-"""Sealing: giving the events of a whole block their postings, all at once or column by column."""
+"""Sealing: giving the events of a whole block their postings, step by step. After the last block
+of a group, the postings of all of them are merged.
+"""
 
 import sqlite3
 from collections.abc import Sequence
 
-from .columns import Columns
+from . import pieces
 from .database import insert
-from .postings import every, seal
+from .pieces import Span, pack, placed, whole
+from .postings import GROUP, checked, every, key, merged, seal, unchecked
 
 # One statement for each column of terms, in the order in which they are sealed.
 _COLUMNS = (
@@ -17,47 +20,59 @@ _COLUMNS = (
     "select seq, actor from event where seq >= ? and seq < ?",
 )
 
+_TIMES = (
+    "select (seq - ?) / ?, min(time), max(time) from event where seq >= ? and seq < ? group by 1"
+)
 
-def seal_columns(connection: sqlite3.Connection, columns: Columns, block: int) -> None:
-    """Seal the block that these events are, the whole of it."""
-    number, places, times = columns.first // block, range(block), columns.times
-    _put(connection, columns.terms, places, number, block)
-    _finish(connection, places, (min(times), max(times)), number, block)
+# How many terms are merged in one step.
+_TERMS = 64
 
 
-def seal_column(connection: sqlite3.Connection, low: int, block: int, column: int) -> bool:
-    """Seal one column of the block that begins with event `low`; whether it was the last one."""
+def seal_step(connection: sqlite3.Connection, low: int, block: int, step: int) -> bool:
+    """Take this step to seal the block that begins with event `low`; whether it is the last one."""
+    number, term = low // block, (step - len(_COLUMNS)) * _TERMS
+    if step < len(_COLUMNS):
+        _seal_column(connection, low, block, step)
+        return step + 1 == len(_COLUMNS) and not _ends_group(number)
+    _merge(connection, number // GROUP, term)
+    return term + _TERMS > _last_term(connection)
+
+
+def _seal_column(connection: sqlite3.Connection, low: int, block: int, column: int) -> None:
     bounds, number = (low, low + block), low // block
     found = connection.execute(_COLUMNS[column], bounds).fetchall()
     seqs, terms = zip(*found, strict=True)
     places = [seq - low for seq in seqs]
-    _put(connection, [terms], places, number, block)
-    if column + 1 < len(_COLUMNS):
-        return False
-    times = connection.execute(
-        "select min(time), max(time) from event where seq >= ? and seq < ?", bounds
-    ).fetchone()
-    _finish(connection, places, times, number, block)
-    return True
+    postings = list(seal([terms], places, number, block))
+    if column + 1 == len(_COLUMNS):
+        postings.append(every(places, number, block))
+        times = connection.execute(_TIMES, (low, pieces.PIECE, *bounds))
+        note_times(connection, number, placed(times, block))
+    insert(connection, "posting", checked(postings))
 
 
-def _put(
-    connection: sqlite3.Connection,
-    columns: Sequence[Sequence[int]],
-    places: Sequence[int],
-    number: int,
-    block: int,
-) -> None:
-    insert(connection, "posting", seal(columns, places, number, block))
+def note_times(connection: sqlite3.Connection, number: int, spans: Sequence[Span]) -> None:
+    """Note when the events of a block happened."""
+    insert(connection, "block", [(number, *whole(spans))])
+    insert(connection, "piece", checked([(number, pack(spans))]))
 
 
-def _finish(
-    connection: sqlite3.Connection,
-    places: Sequence[int],
-    times: tuple[int, int],
-    number: int,
-    block: int,
-) -> None:
-    connection.execute("insert into posting values (?, ?)", every(places, number, block))
-    # Queries see the block from here on.
-    connection.execute("insert into block values (?, ?, ?)", (number, *times))
+def _ends_group(number: int) -> bool:
+    return (number + 1) % GROUP == 0
+
+
+def _last_term(connection: sqlite3.Connection) -> int:
+    (last,) = connection.execute("select max(id) from term").fetchone()
+    return last or 0
+
+
+def _merge(connection: sqlite3.Connection, group: int, term: int) -> None:
+    """Merge the postings of some terms, from this one on."""
+    found: list[tuple[int, object]] = []
+    for number in range(group * GROUP, (group + 1) * GROUP):
+        postings = connection.execute(
+            "select id, bits from posting where id >= ? and id < ?",
+            (key(number, term), key(number, term + _TERMS)),
+        )
+        found += postings
+    insert(connection, "merged", merged(unchecked(found), group))

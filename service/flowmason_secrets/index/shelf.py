@@ -5,13 +5,28 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from .postings import Events, Posting, as_bits, common, decode, union
+from .gathering import Gathered
+from .postings import GROUP, Events, Posting, as_bits, common, decode, key, split, union
 from .terms import Terms
 
 # In bytes: what is asked again and again fits in, whatever the length of the log.
 _ROOM = 32 << 20
 _ENTRY = 100
 _PLACE = 40
+
+
+class _Unread(NamedTuple):
+    """What has to be read: the groups whose postings are merged, and single blocks."""
+
+    groups: list[int]
+    blocks: set[int]
+
+    @property
+    def numbers(self) -> Iterator[int]:
+        """All blocks that are read then: those of the groups, too, that nobody asked for."""
+        for group in self.groups:
+            yield from range(group * GROUP, (group + 1) * GROUP)
+        yield from self.blocks
 
 
 class Shelf:
@@ -34,15 +49,15 @@ class Shelf:
         out.
         """
         found, missing = self._at_hand(term, candidates)
-        for where, blob in self._read(term, missing):
-            found[where >> 32] = decode(blob, where, self.block)
+        unread = self._to_read(missing)
+        found.update(self._read(term, unread))
+        for number in unread.numbers:
+            self._keep((term, number), found.get(number, ()))
         result: dict[int, Events] = {}
         for number, events in candidates.items():
             posting = found.get(number, ())
             if isinstance(posting, bytes) and isinstance(events, int):
                 posting = as_bits(posting, self.block)
-                missing.add(number)
-            if number in missing:
                 self._keep((term, number), posting)
             if both := common(events, posting, self.block):
                 result[number] = both
@@ -57,11 +72,12 @@ class Shelf:
         """
         known, missing = self._at_hand(name, numbers)
         found = {number: as_bits(posting, self.block) for number, posting in known.items()}
-        rows: dict[int, list[tuple[int, object]]] = {number: [] for number in missing}
-        for term in terms if missing else ():
-            for where, blob in self._read(term, missing):
-                rows[where >> 32].append((where, blob))
-        for number, postings in rows.items():
+        unread = self._to_read(missing)
+        read: dict[int, list[Posting]] = {number: [] for number in unread.numbers}
+        for term in terms if read else ():
+            for number, posting in self._read(term, unread):
+                read[number].append(posting)
+        for number, postings in read.items():
             found[number] = union(postings, self.block)
             self._keep((name, number), found[number])
         self._trim()
@@ -78,17 +94,31 @@ class Shelf:
                 self._kept.move_to_end((name, number))
         return found, set(numbers) - found.keys()
 
-    def _read(self, term: int, numbers: Collection[int]) -> Iterator[tuple[int, object]]:
-        """The postings of a term with their keys."""
-        if numbers:
+    def _to_read(self, numbers: Collection[int]) -> "_Unread":
+        (merged,) = self._connection.execute(
+            "select sealed / block / ? from state", (GROUP,)
+        ).fetchone()
+        groups = {number // GROUP for number in numbers if number // GROUP < merged}
+        return _Unread(sorted(groups), {one for one in numbers if one // GROUP >= merged})
+
+    def _read(self, term: int, unread: "_Unread") -> Iterator[tuple[int, Posting]]:
+        """The postings of a term, by their blocks."""
+        for group in unread.groups:
+            where = key(group, term)
+            row = self._connection.execute(
+                "select parts from merged where id = ?", (where,)
+            ).fetchone()
+            if row is not None:
+                yield from split(row[0], where, self.block).items()
+        if unread.blocks:
             rows = self._connection.execute(
                 "select id, bits from block cross join posting on id = number << 32 | ?"
                 " where number between ? and ?",
-                (term, min(numbers), max(numbers)),
+                (term, min(unread.blocks), max(unread.blocks)),
             )
             for where, blob in rows:
-                if where >> 32 in numbers:
-                    yield where, blob
+                if where >> 32 in unread.blocks:
+                    yield where >> 32, decode(blob, where, self.block)
 
     def _keep(self, key: tuple[object, int], posting: Posting) -> None:
         self._size += _room(posting) - _room(self._kept.pop(key, None))
@@ -114,3 +144,4 @@ class Open(NamedTuple):
     connection: sqlite3.Connection
     terms: Terms
     shelf: Shelf
+    gathered: Gathered

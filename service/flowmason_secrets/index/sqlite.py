@@ -23,6 +23,7 @@ from ..core.ports import AuditQuery, Building, Count, Grouping, ListQuery, Tail
 from ..core.records import Metadata
 from . import audit, events, listing, summary
 from .database import Damaged, Database, Unsettled, is_damage, transaction, unwritten
+from .gathering import Gathered
 from .progress import Progress
 from .shelf import Open, Shelf
 from .terms import Terms
@@ -286,7 +287,7 @@ class SqliteIndex:
                     raise
 
     def _extend(self, opened: Open, stop: int, most: int) -> bool:
-        more = events.extend(opened.terms, opened.connection, self._tail, stop, most)
+        more = events.extend(opened, self._tail, stop, most)
         known = events.state(opened.connection)
         far = stop - known.position > _TOO_FAR * self._block
         self._hurry = far or known.position < known.filled
@@ -345,6 +346,7 @@ class SqliteIndex:
         finally:
             self._opened.terms.forget()
             self._opened.shelf.forget()
+            self._opened.gathered.forget()
 
     def _open(self) -> Open:
         connection = self._database.current
@@ -352,7 +354,12 @@ class SqliteIndex:
             self._check_open()
             self._opened = None
             connection = self._database.open()
-            self._opened = Open(connection, Terms(connection), Shelf(connection, self._block))
+            self._opened = Open(
+                connection,
+                Terms(connection),
+                Shelf(connection, self._block),
+                Gathered(self._block),
+            )
             events.verify(connection, self._tail)
         elif events.state(connection).position > self._position():
             # Another process may know more of the log; or the log was replaced by a shorter one.
