@@ -647,6 +647,20 @@ async def test_two_that_rebuild_one_index(path: Path, caplog: pytest.LogCaptureF
     assert not caplog.records
 
 
+async def test_times_at_the_edges_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 3)
+    log = mixed(4, 200)
+    index, end = make(log), log.position()
+    for moment in sorted({times.parse(line["time"], "") for line in log.decoded()}):
+        for query in (
+            AuditQuery(None, since=moment, limit=1000),
+            AuditQuery(None, until=moment, limit=1000),
+            AuditQuery(None, until=moment, after=-1, limit=1000),
+        ):
+            assert await index.audit(query, end) == scan(log, query, end)
+    await index.close()
+
+
 async def test_a_log_that_became_shorter(opened: tuple[FakeLog, SqliteIndex, Path]) -> None:
     log, index, _ = opened
     await check(log, index)
