@@ -9,6 +9,7 @@ from .candidates import Source
 from .database import Damaged
 from .events import fetch, state
 from .plan import Plan, plan
+from .postings import in_order
 from .shelf import Open
 from .terms import matcher
 
@@ -37,10 +38,10 @@ class Page:
         if self._skip and (count := bits.bit_count()) <= self._skip:
             self._skip -= count
             return
-        while bits and not self.full:
-            place = (bits & -bits if self._ascending else bits).bit_length() - 1
+        for place in in_order(bits, self._ascending):
+            if self.full:
+                return
             self.add(base + place)
-            bits ^= 1 << place
 
 
 def search(opened: Open, tail: Tail, query: AuditQuery, position: int) -> list[Entry]:

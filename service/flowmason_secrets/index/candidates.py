@@ -8,7 +8,7 @@ from . import pieces
 from .database import Damaged
 from .pieces import Span, unpack
 from .plan import Plan
-from .postings import ALL, Events, as_bits, unchecked, without
+from .postings import ALL, Events, as_bits, in_order, unchecked, without
 from .shelf import Open
 
 # Of fewer candidates in a piece that postings don't settle, each has its row looked up.
@@ -136,7 +136,7 @@ class Source:
             timely = plan.since <= first and last < plan.until
             piece = Candidates(candidates.base + low, bits, timely, candidates.named)
             if piece.timely and piece.named:
-                yield from self._in_order(piece)
+                yield from self._seqs(piece)
             elif bits.bit_count() > _FEW:
                 yield from self.rows(*piece.bounds)
             else:
@@ -150,16 +150,12 @@ class Source:
             return unpack(data)
         raise Damaged(f"block {number} has no times")
 
-    def _in_order(self, piece: Candidates) -> Iterator[int]:
-        bits = piece.bits
-        while bits:
-            place = (bits & -bits if self._plan.ascending else bits).bit_length() - 1
-            bits ^= 1 << place
-            yield piece.base + place
+    def _seqs(self, piece: Candidates) -> Iterator[int]:
+        return (piece.base + place for place in in_order(piece.bits, self._plan.ascending))
 
     def _one_by_one(self, piece: Candidates) -> Iterator[int]:
         plan = self._plan
-        for seq in self._in_order(piece):
+        for seq in self._seqs(piece):
             row = self._connection.execute(
                 "select name from event where seq = ? and time >= ? and time < ?",
                 (seq, plan.since, plan.until),

@@ -57,8 +57,8 @@ def seal(
     for column in columns:
         terms = set(column) - {EVERY}
         whole = len(places) == block
-        split = _by_term if whole and len(terms) <= _FEW_TERMS else _by_event
-        found.update(split(column, terms, places, block))
+        sealed = _by_term if whole and len(terms) <= _FEW_TERMS else _by_event
+        found.update(sealed(column, terms, places, block))
     for term in sorted(found):
         yield key(number, term), found[term]
 
@@ -225,6 +225,14 @@ def common(events: Events, posting: Posting, block: int) -> Events:
         return tuple([place for place in events if posting[place >> 3] >> (place & 7) & 1])
     others = frozenset(posting)
     return tuple([place for place in events if place in others])
+
+
+def in_order(bits: int, ascending: bool) -> Iterator[int]:
+    """The places of bits one by one, the lowest first or the highest."""
+    while bits:
+        place = (bits & -bits if ascending else bits).bit_length() - 1
+        bits ^= 1 << place
+        yield place
 
 
 def without(events: Events, those: Events, block: int) -> Events:
