@@ -255,6 +255,7 @@ async def check(log: FakeLog, index: Index) -> None:
         AuditQuery("acme", action="secret.read", success=False, actor="key_2"),
         AuditQuery("acme", after=20, limit=90),
         AuditQuery("acme", allow=("b[1]", "a"), limit=1000),
+        AuditQuery(None, since=NOW + 10, until=NOW + 30, limit=1000),
         AuditQuery("nobody"),
     ):
         assert await index.audit(query, end) == scan(log, query, end)
@@ -551,6 +552,14 @@ def wrong_merged(path: Path) -> None:
     _sql(path, "update merged set parts = (select parts from merged where id = 1)")
 
 
+def no_times(path: Path) -> None:
+    _sql(path, "delete from piece")
+
+
+def wrong_times(path: Path) -> None:
+    _sql(path, "update piece set spans = (select spans from piece where number = 0)")
+
+
 def wrong_rows(path: Path) -> None:
     _sql(path, 'update event set "offset" = "offset" + 1')
 
@@ -569,7 +578,7 @@ def wrong_secrets(path: Path) -> None:
 AT_REST = (
     *(delete, delete_all, empty, shorten, garbage, holes, other_schema, too_far, not_a_number),
     *(no_state, no_table, other_log, wrong_postings, wrong_merged, wrong_rows, misspelt),
-    wrong_secrets,
+    *(no_times, wrong_times, wrong_secrets),
 )
 # Those others are found when a file is opened.
 WHILE_OPEN = tuple(harm for harm in AT_REST if harm not in (other_schema, other_log, misspelt))
