@@ -24,6 +24,7 @@ from flowmason_secrets.core.merkle import Frontier, leaf_hashes
 from flowmason_secrets.core.note import COSIGNATURE, Signature, Signer, Verifier, cosigned
 from flowmason_secrets.core.tiles import Edge
 from flowmason_secrets.storage import scanning
+from flowmason_secrets.storage.strict import StrictLine
 from flowmason_secrets.verifying import Request, verify
 from flowmason_secrets.walking import Archived
 
@@ -559,4 +560,4 @@ async def test_a_receipt(place: Place, tmp_path: Path) -> None:
 
 def test_it_knows_all_fields_of_a_line() -> None:
     # A type of its own, because it is decoded in half the time that the other takes.
-    assert list(scanning._Event.__struct_fields__) == list(Line.__annotations__)
+    assert list(StrictLine.__struct_fields__) == list(Line.__annotations__)

@@ -7,15 +7,18 @@ index * 2**height on. Hashes are 32 bytes.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
+try:
+    from ._speedups import leaf_hashes as leaf_hashes
+    from ._speedups import parents as parents
+except ImportError:
+    from .hashing import leaf_hashes as leaf_hashes
+    from .hashing import parents as parents
+
 HASH_BYTES = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()
 
 # The hash of a subtree.
 Subtrees = Callable[[int, int], bytes]
-
-# Each hash goes on from a copy of one of these: a new one of OpenSSL's is looked up by its name.
-_LEAF = hashlib.sha256(b"\x00")
-_NODE = hashlib.sha256(b"\x01")
 
 
 class Unverified(ValueError):
@@ -27,29 +30,9 @@ def leaf_hash(data: bytes) -> bytes:
     return leaf_hashes([data])[0]
 
 
-def leaf_hashes(lines: Sequence[bytes]) -> list[bytes]:
-    """The hashes of many leaves."""
-    copy, hashes = _LEAF.copy, []
-    for line in lines:
-        one = copy()
-        one.update(line)
-        hashes.append(one.digest())
-    return hashes
-
-
 def node_hash(left: bytes, right: bytes) -> bytes:
     """The hash of an inner node."""
     return parents([left, right])[0]
-
-
-def parents(nodes: Sequence[bytes]) -> list[bytes]:
-    """The hashes of the complete pairs of neighbours among `nodes`."""
-    copy, hashes, rest = _NODE.copy, [], iter(nodes)
-    for left, right in zip(rest, rest, strict=False):
-        one = copy()
-        one.update(left + right)
-        hashes.append(one.digest())
-    return hashes
 
 
 def subtree_root(nodes: Sequence[bytes]) -> bytes:

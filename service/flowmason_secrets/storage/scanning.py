@@ -7,18 +7,22 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
-import msgspec
 import zstandard
 
-from ..core.events import BETWEEN_LINES, MAX_LINE, Detail
-from ..core.merkle import leaf_hashes
+from ..core.events import MAX_LINE
+from ..core.merkle import HASH_BYTES, leaf_hash
 from . import wire
 from .chunks import ChunkReader
 from .eventlog import HEADER_BYTES
+from .strict import StrictLine, are_times, decode
+
+try:
+    from ..core._speedups import take_lines
+except ImportError:
+    from .strict import take_lines
 
 # In bytes. What is made of a block fits into a processor's cache: that takes the least time.
 BLOCK = 1 << 17
@@ -29,9 +33,6 @@ TOGETHER = 16
 _UNREADABLE = (EOFError, OSError, zlib.error, zstandard.ZstdError)
 
 _SOURCE = re.compile(r"audit-([0-9]{12})\.ndjson(|\.gz|\.zst)")
-# How a time looks, with 0 for each digit.
-_TIME = b"0000-00-00T00:00:00.000000Z"
-_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 class Source(NamedTuple):
@@ -94,34 +95,6 @@ class Scanned(NamedTuple):
     bad: str | None
 
 
-class _Event(msgspec.Struct, gc=False):
-    """A line as the format has it. # format §5.1"""
-
-    v: Literal[1]
-    id: str
-    seq: int
-    time: str
-    action: str
-    outcome: Literal["success", "denied", "not_found", "expired", "failed"]
-    org_id: str | None
-    resource_type: str
-    resource_id: str | None
-    name: str | None
-    version: int | None
-    actor: str | None
-    actor_type: str
-    client_ip: str | None
-    user_agent: str | None
-    request_id: str | None
-    status: int | None
-    details: dict[str, Detail]
-
-
-_decoder = msgspec.json.Decoder(_Event)
-_decode = _decoder.decode
-_seq, _time = attrgetter("seq"), attrgetter("time")
-
-
 def sources(events: Path, archives: Sequence[Path]) -> list[Source]:
     """All segments in order; one that is in several places is taken from the first of them.
 
@@ -144,8 +117,8 @@ def previous_checkpoint(source: Source) -> str | None:
     """What the first line of a segment quotes; None if it is nothing. # format §5.3"""
     try:
         with _opened(source) as file:
-            event = _decode(file.read(MAX_LINE).partition(b"\n")[0])
-    except (*_UNREADABLE, msgspec.DecodeError, UnicodeDecodeError):
+            event = decode(file.read(MAX_LINE).partition(b"\n")[0])
+    except (*_UNREADABLE, ValueError):
         # Whoever reads all of it finds out.
         return None
     note = event.details.get("previous_checkpoint")
@@ -176,56 +149,95 @@ def scan(block: Block) -> Scanned:
         OSError: the segment can't be read.
     """
     start, data = (block.start, block.data) if block.data is not None else _read(block)
-    place = (block.source.first, start)
-    lines = data.split(b"\n")
-    bad = "not a whole line" if lines.pop() else block.problem
+    lines, bad = _Lines(data, start), block.problem
     try:
-        events: list[_Event] = _decoder.decode_lines(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return _scan_slowly(place, lines, bad)
-    first = events[0].seq if events else -1
-    times = list(map(_time, events))
-    if (
-        not len(events) == len(lines) == data.count(BETWEEN_LINES) + 1
-        or list(map(_seq, events)) != list(range(first, first + len(events)))
-        or times != sorted(times)
-        or "".join(times).encode().translate(_DIGITS) != _TIME * len(times)
-        or max(map(len, lines)) >= MAX_LINE
-    ):
-        return _scan_slowly(place, lines, bad)
-    return _scanned(place, lines, events, [], bad)
+        while lines.place < len(data):
+            lines.take_one()
+            lines.take_more()
+    except wire.Malformed as error:
+        bad = str(error)
+    return lines.scanned(block.source.first, bad)
 
 
-def _scan_slowly(place: tuple[int, int], lines: list[bytes], bad: str | None) -> Scanned:
-    """Like `scan`, of lines with which something is wrong: it says what."""
-    events: list[_Event] = []
-    faults: list[Fault] = []
-    for line in lines:
-        expected = events[-1].seq + 1 if events else None
-        try:
-            # As whoever writes decides where a segment ends. # format §5.2
-            seq = wire.decode_line(line)["seq"]
-        except wire.Malformed as error:
-            bad = str(error)
-            break
-        if expected not in (None, seq):
-            bad = f"has seq {seq} in place of {expected}"
-            break
-        event, problem = _checked(line, seq, events[-1].time if events else "")
-        events.append(event)
+class _Lines:
+    """The lines at the beginning of a block's data that were found to be valid; `place` is behind
+    them. The block begins at `start` of its segment.
+    """
+
+    def __init__(self, data: bytes, start: int) -> None:
+        self.place = 0
+        self._data = data
+        self._start = start
+        # The first seq and the next one, -1 before there is a line.
+        self._first = self._next = -1
+        # The time of the first line and of the last one; empty if there is none that is one.
+        self._begin = self._time = ""
+        self._leaves: list[bytes] = []
+        self._faults: list[Fault] = []
+        self._quotes: list[Quote] = []
+
+    def take_one(self) -> None:
+        """Take the next line, whatever there is to say of it.
+
+        Raises:
+            Malformed: it ends the valid ones.
+        """
+        end = self._data.find(b"\n", self.place)
+        if end < 0:
+            raise wire.Malformed("not a whole line")
+        line = self._data[self.place : end]
+        # As whoever writes decides where a segment ends. # format §5.2
+        seq = wire.decode_line(line)["seq"]
+        if self._next not in (-1, seq):
+            raise wire.Malformed(f"has seq {seq} in place of {self._next}")
+        event, problem = _checked(line, seq, self._time)
         if problem is not None:
-            faults.append(Fault(seq, problem))
-    return _scanned(place, lines[: len(events)], events, faults, bad)
+            self._faults.append(Fault(seq, problem))
+        if self._start == self.place == 0 and not _heads_segment(line, event):
+            self._faults.append(Fault(seq, "not the first line of a segment"))
+        note = event.details.get("checkpoint")
+        if event.action == "log.checkpoint" and isinstance(note, str):
+            self._quotes.append(Quote(seq, note))
+        if self._first < 0:
+            self._first, self._begin = seq, event.time
+        self._leaves.append(leaf_hash(line))
+        self.place, self._next, self._time = end + 1, seq + 1, event.time
+
+    def take_more(self) -> None:
+        """Take those of the following lines of which there is nothing to say."""
+        if self._time:
+            known = (self.place, self._next, self._time.encode())
+            self.place, leaves, time = take_lines(self._data, *known)
+            self._leaves.append(leaves)
+            self._next += len(leaves) // HASH_BYTES
+            self._time = time.decode()
+
+    def scanned(self, segment: int, bad: str | None) -> Scanned:
+        """What was found; `bad` says what is wrong with what follows."""
+        return Scanned(
+            segment,
+            self._start + self.place,
+            self._first,
+            b"".join(self._leaves),
+            (self._begin, self._time),
+            self._faults,
+            self._quotes,
+            bad,
+        )
 
 
-def _checked(line: bytes, seq: int, before: str) -> tuple[_Event, str | None]:
+def _heads_segment(line: bytes, event: StrictLine) -> bool:
+    return len(line) + 1 >= HEADER_BYTES and event.action == "log.segment"
+
+
+def _checked(line: bytes, seq: int, before: str) -> tuple[StrictLine, str | None]:
     try:
-        event = _decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        event = decode(line)
+    except ValueError as error:
         return _unknown(seq, before), f"not an event: {error}"
     if len(line) >= MAX_LINE:
         return event, f"longer than {MAX_LINE} bytes"
-    if event.time.encode().translate(_DIGITS) != _TIME:
+    if not are_times(event.time):
         event.time = before
         return event, "its time is not one"
     if event.time < before:
@@ -235,33 +247,9 @@ def _checked(line: bytes, seq: int, before: str) -> tuple[_Event, str | None]:
     return event, None
 
 
-def _unknown(seq: int, time: str) -> _Event:
+def _unknown(seq: int, time: str) -> StrictLine:
     nothing = (None, None, None, None)
-    return _Event(1, "", seq, time, "", "failed", None, "", *nothing, "", *nothing, {})
-
-
-def _scanned(
-    place: tuple[int, int],
-    lines: list[bytes],
-    events: list[_Event],
-    faults: list[Fault],
-    bad: str | None,
-) -> Scanned:
-    segment, start = place
-    end = start + sum(map(len, lines)) + len(lines)
-    if not events:
-        return Scanned(segment, end, -1, b"", ("", ""), faults, [], bad)
-    if start == 0 and (len(lines[0]) + 1 < HEADER_BYTES or events[0].action != "log.segment"):
-        faults.append(Fault(events[0].seq, "not the first line of a segment"))
-    quotes = [
-        Quote(event.seq, note)
-        for event in events
-        if event.action == "log.checkpoint"
-        and isinstance(note := event.details.get("checkpoint"), str)
-    ]
-    times = (events[0].time, events[-1].time)
-    leaves = b"".join(leaf_hashes(lines))
-    return Scanned(segment, end, events[0].seq, leaves, times, faults, quotes, bad)
+    return StrictLine(1, "", seq, time, "", "failed", None, "", *nothing, "", *nothing, {})
 
 
 def _read(block: Block) -> tuple[int, bytes]:

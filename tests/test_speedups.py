@@ -1,0 +1,220 @@
+"""What is compiled does what the Python beside it does: hashing, and taking the lines of events."""
+
+import json
+import os
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowmason_secrets.core import events, hashing, merkle
+from flowmason_secrets.storage import scanning, strict, wire
+from flowmason_secrets.storage.scanning import Block, Scanned, Source
+
+try:
+    from flowmason_secrets.core import _speedups
+except ImportError:
+    if os.environ.get("CI"):
+        raise
+    needed = "a compiler and the headers of Python and OpenSSL"
+    pytest.skip(f"not compiled: that takes {needed}", allow_module_level=True)
+
+MANY = st.lists(st.binary(max_size=200), max_size=40)
+
+
+def test_it_is_what_is_used() -> None:
+    assert merkle.leaf_hashes is _speedups.leaf_hashes
+    assert merkle.parents is _speedups.parents
+    assert vars(scanning)["take_lines"] is _speedups.take_lines
+
+
+@given(MANY)
+def test_leaf_hashes(lines: list[bytes]) -> None:
+    assert _speedups.leaf_hashes(lines) == hashing.leaf_hashes(lines)
+    assert _speedups.leaf_hashes(tuple(lines)) == hashing.leaf_hashes(tuple(lines))
+
+
+@given(st.lists(st.binary(min_size=32, max_size=32), max_size=40))
+def test_parents(nodes: list[bytes]) -> None:
+    assert _speedups.parents(nodes) == hashing.parents(nodes)
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "error"),
+    [
+        ("leaf_hashes", (7,), TypeError),
+        ("leaf_hashes", ([b"", "text"],), TypeError),
+        ("parents", (None,), TypeError),
+        ("parents", ([bytes(32), "text"],), TypeError),
+        ("parents", ([bytes(32), bytes(31)],), ValueError),
+        ("take_lines", (b"", 1, 0, bytes(27)), ValueError),
+        ("take_lines", (b"", -1, 0, bytes(27)), ValueError),
+        ("take_lines", (b"", 0, 0, bytes(26)), ValueError),
+        ("take_lines", (bytearray(9), 0, 0, bytes(27)), TypeError),
+        ("take_lines", (b"", 0, 1 << 64, bytes(27)), OverflowError),
+    ],
+)
+def test_wrong_arguments(call: str, arguments: tuple[Any, ...], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        getattr(_speedups, call)(*arguments)
+
+
+# Lines. Two of them are needed before one that is taken so: the first is always read the slow way.
+
+TIMES = "2026-06-02T09:00:00.000000Z", "2026-06-02T09:00:01.000000Z", "2026-06-02T09:00:01.000001Z"
+USUAL: dict[str, Any] = {
+    "v": 1,
+    "id": "019e878f-b03c-7000-8000-14931ac3a59e",
+    "seq": 0,
+    "time": TIMES[0],
+    "action": "secret.read",
+    "outcome": "success",
+    "org_id": "organisation-27",
+    "resource_type": "secret",
+    "resource_id": "b3f8bfaf525a2b47",
+    "name": "SERVICE_009_API_KEY",
+    "version": 12,
+    "actor": "0000001b00000001",
+    "actor_type": "api_key",
+    "client_ip": "10.27.0.158",
+    "user_agent": "python-aiohttp/3.12",
+    "request_id": "ce93b2ba2cc52075",
+    "status": 200,
+    "details": {"a": "b", "n": None, "yes": True, "no": False, "i": 0, "l": ["x", "y"], "e": []},
+}
+# What a value may be replaced with: all that JSON has, and more of what lines may have.
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.text(st.characters(min_codepoint=31, max_codepoint=128), max_size=9),
+    st.sampled_from([*TIMES, "log.segment", "log.checkpoint", "logout", "denied", "failed", 0, 1]),
+    st.lists(st.text(max_size=3) | st.integers(), max_size=3),
+    st.dictionaries(
+        st.text(max_size=3),
+        st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text(max_size=3)),
+        max_size=3,
+    ),
+)
+
+
+def encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode(
+        "utf-8", "surrogatepass"
+    )
+
+
+def usual(seq: int) -> bytes:
+    return encoded({**USUAL, "seq": seq, "time": TIMES[min(seq, 2)]})
+
+
+def scanned(data: bytes) -> Scanned:
+    return scanning.scan(Block(Source(0, "none", len(data), ""), 1, 1 + len(data), data))
+
+
+def take_none(data: bytes, place: int, seq: int, time: bytes) -> tuple[int, bytes, bytes]:
+    return place, b"", time
+
+
+def both(data: bytes) -> tuple[Scanned, Scanned]:
+    """What is found with what is compiled, and line by line; and in pieces it is the same."""
+    found: list[Scanned] = []
+    for take_lines in (_speedups.take_lines, take_none, strict.take_lines):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scanning, "take_lines", take_lines)
+            found.append(scanned(data))
+    assert found[1] == found[2]
+    return found[0], found[1]
+
+
+def agree(*lines: bytes, end: bytes = b"\n") -> None:
+    found, slowly = both(b"\n".join(lines) + end)
+    assert found == slowly
+
+
+def taken(*lines: bytes) -> int:
+    """How many of the lines behind the first one are taken."""
+    data = b"".join(line + b"\n" for line in lines)
+    place = len(lines[0]) + 1
+    stop, hashes, _ = _speedups.take_lines(data, place, 1, TIMES[0].encode())
+    assert data[:stop].count(b"\n") - 1 == len(hashes) // 32
+    return len(hashes) // 32
+
+
+def test_usual_lines_are_taken() -> None:
+    lines = [usual(seq) for seq in range(20)]
+    assert taken(*lines) == 19
+    agree(*lines)
+    found, _ = both(b"\n".join(lines) + b"\n")
+    assert (found.first, found.times, found.bad) == (0, (TIMES[0], TIMES[2]), None)
+    assert found.leaves == b"".join(hashing.leaf_hashes(lines))
+
+
+def test_lines_of_the_service_are_taken() -> None:
+    """As they are written, with every field and with none that may be missing."""
+    full = events.Event(
+        *(USUAL["id"], "secret.read", "not_found", "o", "secret", "r", "N", 3, "a", "api_key"),
+        *("ip", "agent", "request", 404),
+        details={"listed": ["a", "b"], "count": 3, "peer_uid": 0},
+    )
+    empty = events.Event(USUAL["id"], "auth.failed", "denied", None, "secret", None)
+    lines = [usual(0), *wire.encode_lines([full, empty, full], 1, TIMES[1]).splitlines()]
+    assert taken(*lines) == 3
+    agree(*lines)
+
+
+@pytest.mark.parametrize("place", range(len(usual(1))))
+def test_any_byte_changed(place: int) -> None:
+    """At each place of a line another byte, none, and one more."""
+    line = usual(1)
+    for byte in b'\x00\n\x1f 09:"\\,[]{}ex\x7f\x80\xc3\xff':
+        for until in (place, place + 1):
+            agree(usual(0), line[:place] + bytes([byte]) + line[until:], usual(2))
+    agree(usual(0), line[:place] + line[place + 1 :], usual(2))
+    agree(usual(0), usual(1), line[:place], end=b"")
+
+
+@given(st.sampled_from(list(USUAL)), ANYTHING)
+def test_any_value_changed(field: str, value: object) -> None:
+    line = {**USUAL, "seq": 1, "time": TIMES[1], field: value}
+    agree(usual(0), encoded(line), usual(2))
+
+
+@given(st.text(max_size=8), ANYTHING)
+def test_any_detail(key: str, value: object) -> None:
+    line = {**USUAL, "seq": 1, "time": TIMES[1], "details": {"a": 1, key: value}}
+    agree(usual(0), encoded(line), usual(2))
+
+
+@given(st.lists(st.sampled_from([usual(seq) for seq in range(4)]), max_size=6), st.binary())
+def test_any_order(lines: list[bytes], end: bytes) -> None:
+    agree(*lines, end=end)
+
+
+def test_what_concerns_the_log_itself_is_left() -> None:
+    quoting = {"action": "log.checkpoint", "details": {"checkpoint": "of nothing"}}
+    line = encoded({**USUAL, "seq": 1, "time": TIMES[1], **quoting})
+    assert taken(usual(0), line, usual(2)) == 0
+    agree(usual(0), line, usual(2))
+    assert both(usual(0) + b"\n" + line + b"\n")[0].quotes == [(1, "of nothing")]
+
+
+def test_times_and_lengths() -> None:
+    early = encoded({**USUAL, "seq": 2, "time": TIMES[0]})
+    assert taken(usual(0), usual(1), early, usual(3)) == 1
+    agree(usual(0), usual(1), early, usual(3))
+    for length in (3000, 4096, events.MAX_LINE - 1, events.MAX_LINE, events.MAX_LINE + 1):
+        more = length - len(usual(1)) + len(USUAL["user_agent"])
+        long = encoded({**USUAL, "seq": 1, "time": TIMES[1], "user_agent": "a" * more})
+        assert len(long) == length
+        agree(usual(0), long, usual(2))
+
+
+def test_a_block_without_a_usual_line() -> None:
+    agree(b"")
+    agree(b"", end=b"")
+    agree(usual(0), end=b"")
+    assert _speedups.take_lines(b"", 0, 0, TIMES[0].encode()) == (0, b"", TIMES[0].encode())
