@@ -1,7 +1,12 @@
-"""What is compiled does what the Python beside it does: hashing, and taking the lines of events."""
+"""What is compiled does what the Python beside it does: hashing, taking the lines of events,
+reading them by the column, and making postings.
+"""
 
+import datetime
 import json
 import os
+import random
+import sqlite3
 from typing import Any
 
 import pytest
@@ -9,11 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmason_secrets.core import events, hashing, merkle
+from flowmason_secrets.core.errors import LogDamaged
+from flowmason_secrets.core.ports import Chunk
+from flowmason_secrets.index import columns, plain, postings
+from flowmason_secrets.index.columns import Columns
+from flowmason_secrets.index.terms import Terms
 from flowmason_secrets.storage import scanning, strict, wire
 from flowmason_secrets.storage.scanning import Block, Scanned, Source
 
 try:
     from flowmason_secrets.core import _speedups
+    from flowmason_secrets.index import _speedups as by_column
 except ImportError:
     if os.environ.get("CI"):
         raise
@@ -27,6 +38,8 @@ def test_it_is_what_is_used() -> None:
     assert merkle.leaf_hashes is _speedups.leaf_hashes
     assert merkle.parents is _speedups.parents
     assert vars(scanning)["take_lines"] is _speedups.take_lines
+    assert vars(columns)["read_columns"] is by_column.read_columns
+    assert vars(postings)["postings_of"] is by_column.postings
 
 
 @given(MANY)
@@ -43,6 +56,16 @@ def test_parents(nodes: list[bytes]) -> None:
 @pytest.mark.parametrize(
     ("call", "arguments", "error"),
     [
+        ("read_columns", (b"", 1, 0, ({},) * 6), ValueError),
+        ("read_columns", (b"", 0, 0, ({},) * 5), TypeError),
+        ("read_columns", ("", 0, 0, ({},) * 6), TypeError),
+        ("postings", ([1, 2], [0], 8, 0), ValueError),
+        ("postings", ([1], [8], 8, 0), ValueError),
+        ("postings", ([1], [-1], 8, 0), OverflowError),
+        ("postings", ([1] * 9, [0] * 9, 8, 0), ValueError),
+        ("postings", ([1], [0], 1 << 17, 0), ValueError),
+        ("postings", ([[]], [0], 8, 0), TypeError),
+        ("postings", (1, [0], 8, 0), TypeError),
         ("leaf_hashes", (7,), TypeError),
         ("leaf_hashes", ([b"", "text"],), TypeError),
         ("parents", (None,), TypeError),
@@ -57,7 +80,7 @@ def test_parents(nodes: list[bytes]) -> None:
 )
 def test_wrong_arguments(call: str, arguments: tuple[Any, ...], error: type[Exception]) -> None:
     with pytest.raises(error):
-        getattr(_speedups, call)(*arguments)
+        getattr(by_column if hasattr(by_column, call) else _speedups, call)(*arguments)
 
 
 # Lines. Two of them are needed before one that is taken so: the first is always read the slow way.
@@ -83,6 +106,7 @@ USUAL: dict[str, Any] = {
     "status": 200,
     "details": {"a": "b", "n": None, "yes": True, "no": False, "i": 0, "l": ["x", "y"], "e": []},
 }
+VALUES = [*map(str, USUAL.values()), None, "o", "N", "a", "auth.failed", "denied", "not_found"]
 # What a value may be replaced with: all that JSON has, and more of what lines may have.
 ANYTHING = st.one_of(
     st.none(),
@@ -131,8 +155,55 @@ def both(data: bytes) -> tuple[Scanned, Scanned]:
 
 
 def agree(*lines: bytes, end: bytes = b"\n") -> None:
-    found, slowly = both(b"\n".join(lines) + end)
+    data = b"\n".join(lines) + end
+    found, slowly = both(data)
     assert found == slowly
+    if data and end == b"\n":
+        assert indexed(data, by_column.read_columns) == indexed(data, plain.read_columns)
+
+
+UNUSED = sqlite3.connect(":memory:")
+
+
+class Numbered(Terms):
+    """Terms that are in no database."""
+
+    def __init__(self) -> None:
+        super().__init__(UNUSED)
+        self.values: dict[int, tuple[int, int, str]] = {}
+
+    def add(self, field: int, scope: int, value: str) -> int:
+        self.values[len(self.values) + 1] = field, scope, value
+        return len(self.values)
+
+
+def indexed(data: bytes, read_columns: object) -> dict[str, object]:
+    """What the index has of these lines: the columns and the terms, or what is wrong with them."""
+    terms, found = Numbered(), Columns(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "read_columns", read_columns)
+        try:
+            found.read(Chunk(0, 7, 1000, data), terms)
+        except LogDamaged as error:
+            return {"problem": str(error)}
+    # Terms are numbered by the column in one, and by the line in the other.
+    named = [[terms.values.get(term) for term in column] for column in found.terms]
+    scopes = [terms.values.get(name[1]) if name else None for name in named[4]]
+    names = [name[2] if name else None for name in named[4]]
+    return {
+        **vars(found),
+        "terms": [*named[:4], names, named[5]],
+        "scopes": scopes,
+        "known": len(terms.values),
+    }
+
+
+def read(*lines: bytes) -> int:
+    """How many of the lines are read by the column."""
+    known = dict.fromkeys(VALUES, 1)
+    mappings = (known, known, known, known, dict.fromkeys(VALUES, known), known)
+    _, (places, *_) = by_column.read_columns(b"\n".join(lines) + b"\n", 0, 0, mappings)
+    return len(places)
 
 
 def taken(*lines: bytes) -> int:
@@ -147,6 +218,7 @@ def taken(*lines: bytes) -> int:
 def test_usual_lines_are_taken() -> None:
     lines = [usual(seq) for seq in range(20)]
     assert taken(*lines) == 19
+    assert read(*lines) == 20
     agree(*lines)
     found, _ = both(b"\n".join(lines) + b"\n")
     assert (found.first, found.times, found.bad) == (0, (TIMES[0], TIMES[2]), None)
@@ -163,6 +235,7 @@ def test_lines_of_the_service_are_taken() -> None:
     empty = events.Event(USUAL["id"], "auth.failed", "denied", None, "secret", None)
     lines = [usual(0), *wire.encode_lines([full, empty, full], 1, TIMES[1]).splitlines()]
     assert taken(*lines) == 3
+    assert read(*lines) == 4
     agree(*lines)
 
 
@@ -218,3 +291,93 @@ def test_a_block_without_a_usual_line() -> None:
     agree(b"", end=b"")
     agree(usual(0), end=b"")
     assert _speedups.take_lines(b"", 0, 0, TIMES[0].encode()) == (0, b"", TIMES[0].encode())
+
+
+DAYS = """
+1969-12-31 1970-01-01 0001-01-01 0000-01-01 2000-02-29 2100-02-29 2024-02-29 2024-02-30 2023-02-29
+2026-00-10 2026-13-10 2026-04-31 2026-06-00 9999-12-31
+"""
+HOURS = "00:00:00.000000 23:59:59.999999 24:00:00.000000 12:60:00.000000 12:00:60.000000"
+
+
+@pytest.mark.parametrize("day", DAYS.split())
+def test_days(day: str) -> None:
+    for time in HOURS.split():
+        line = {**USUAL, "seq": 1, "time": f"{day}T{time}Z"}
+        agree(usual(0), encoded(line), usual(2))
+
+
+@given(st.dates(), st.times())
+def test_any_time(day: datetime.date, time: datetime.time) -> None:
+    text = datetime.datetime.combine(day, time).isoformat(timespec="microseconds") + "Z"
+    agree(usual(0), encoded({**USUAL, "seq": 1, "time": text}))
+
+
+def test_changes_are_found() -> None:
+    """Of those that need be looked at: the events before `filled` need not."""
+    changes = [
+        ("secret.create", "success"),
+        ("secret.delete", "success"),
+        ("secret.create", "denied"),
+    ]
+    lines = [
+        encoded({**USUAL, "seq": seq, "name": f"N{seq}", "action": action, "outcome": outcome})
+        for seq, (action, outcome) in enumerate([*changes, ("secret.read", "success"), *changes])
+    ]
+    rotate = {"resource_type": "master_key", "details": {"secrets": ["one", "two"]}}
+    lines.append(encoded({**USUAL, "seq": 7, "action": events.KEY_ROTATE, **rotate}))
+    agree(*lines)
+    found = indexed(b"\n".join(lines) + b"\n", by_column.read_columns)["changed"]
+    assert isinstance(found, set)
+    assert {name for _, _, name in found} == {"N1", "N4", "N5", None}
+    assert {secret for _, secret, name in found if name is None} == {"one", "two"}
+
+
+BLOCK = 256
+
+
+@given(
+    st.sets(st.integers(0, BLOCK - 1)).map(sorted)
+    | st.just(list(range(BLOCK)))
+    | st.integers(0, BLOCK).map(lambda count: list(range(count))),
+    st.integers(1, 40),
+    st.randoms(use_true_random=False),
+)
+def test_postings(places: list[int], terms: int, chance: random.Random) -> None:
+    column = [int(chance.triangular(0, terms, 0)) for _ in places]
+    for few in (0, 5, 63, 64, BLOCK):
+        found = by_column.postings(column, places, BLOCK, few)
+        assert found == plain.postings(column, places, BLOCK, few)
+        assert by_column.postings(tuple(column), tuple(places), BLOCK, few) == found
+    assert by_column.postings([3] * 8, range(8), 8, 0) == {3: b""}
+
+
+def test_the_widest_block() -> None:
+    column, places = [1, 2] * (1 << 15), range(1 << 16)
+    assert by_column.postings(column, places, 1 << 16, 64) == {1: b"U" * 8192, 2: b"\xaa" * 8192}
+    few = [1, 2, 2], [300, 301, 65535], 1 << 16, 64
+    assert by_column.postings(*few) == plain.postings(*few)
+
+
+def test_more_values_than_are_remembered() -> None:
+    """And each of them three times, in two organisations."""
+    lines = [
+        encoded({**USUAL, "seq": seq, "org_id": f"o{seq % 2}", "name": f"N{seq % 4999:04}"})
+        for seq in range(3 * 2 * 4999)
+    ]
+    assert indexed(b"\n".join(lines) + b"\n", by_column.read_columns)["known"] == 2 * 4999 + 6
+    agree(*lines)
+
+
+class Broken(dict[str | None, int]):
+    def __missing__(self, value: str | None) -> int:
+        raise RuntimeError(f"no term for {value}")
+
+
+@pytest.mark.parametrize("field", range(6))
+def test_an_error_of_a_mapping(field: int) -> None:
+    known = [dict.fromkeys(VALUES, 1) for _ in range(6)]
+    mappings: list[Any] = [*known[:4], dict.fromkeys(VALUES, known[4]), known[5]]
+    mappings[field] = Broken()
+    with pytest.raises(RuntimeError, match="no term for"):
+        by_column.read_columns(usual(0) + b"\n", 0, 0, tuple(mappings))

@@ -1,23 +1,22 @@
 """Events by the column, as they are indexed: nothing else of their lines is decoded."""
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from itertools import accumulate, repeat
-from operator import add, floordiv, sub
+from itertools import repeat
+from operator import add
 
-import msgspec
 import orjson
 
 from ..core.errors import LogDamaged
-from ..core.events import BETWEEN_LINES, KEY_ROTATE, Line, is_change
+from ..core.events import KEY_ROTATE, Line, is_change
 from ..core.ports import Chunk
+from . import plain
 from .listing import Changed
-from .terms import FIELDS, Indexed, Terms
+from .terms import ACTION, FIELDS, OUTCOME, TYPE, Terms
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-
-_decoder = msgspec.json.Decoder(Indexed)
+try:
+    from ._speedups import read_columns
+except ImportError:
+    from .plain import read_columns
 
 
 class Columns:
@@ -53,45 +52,47 @@ class Columns:
         Raises:
             LogDamaged: one of them is not the event that it should be.
         """
-        lines = chunk.data.split(b"\n")[:-1]
-        events = _decode(chunk, lines)
         if not self.times:
             self.first = chunk.first
         elif chunk.first != self.end:
             raise LogDamaged(f"Event {self.end} is missing from the log.")
-        self.last = events[-1].id
-        since = map(sub, [event.time for event in events], repeat(_EPOCH))
-        self.times += map(floordiv, since, repeat(_MICROSECOND))
-        self.segments += [chunk.segment] * len(lines)
-        lengths = accumulate(map(len, lines[:-1]), initial=chunk.offset)
-        self.offsets += map(add, lengths, range(len(lines)))
-        for column, more in zip(self.terms, terms.columns(events), strict=True):
+        place, data, known = 0, chunk.data, terms.known()
+        while place < len(data):
+            place, columns = read_columns(data, place, self.end, known)
+            self._add(chunk, 0, columns)
+            if place < len(data):
+                end = data.index(b"\n", place) + 1
+                _, columns = plain.read_columns(data[place:end], 0, self.end, known)
+                self._add(chunk, place, columns)
+                place = end
+        self.last = plain.decode(data[data.rfind(b"\n", 0, -1) + 1 :]).id
+        for place in self._may_change(max(chunk.first, self._filled), terms):
+            start = self.offsets[place] - chunk.offset
+            line = orjson.loads(data[start : data.index(b"\n", start)])
+            self.changed.update(_changes(line))
+
+    def _add(self, chunk: Chunk, place: int, columns: list[list[int]]) -> None:
+        places, times, *terms = columns
+        self.segments += [chunk.segment] * len(places)
+        self.offsets += map(add, places, repeat(chunk.offset + place))
+        self.times += times
+        for column, more in zip(self.terms, terms, strict=True):
             column += more
-        for place in range(max(0, self._filled - chunk.first), len(lines)):
-            if _may_change(events[place]):
-                self.changed.update(_changes(orjson.loads(lines[place])))
 
-
-def _decode(chunk: Chunk, lines: list[bytes]) -> list[Indexed]:
-    try:
-        events: list[Indexed] = _decoder.decode_lines(chunk.data)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        events = []
-    if not len(events) == len(lines) == chunk.data.count(BETWEEN_LINES) + 1:
-        events = _one_by_one(chunk.first, lines)
-    seqs = [event.seq for event in events]
-    expected = range(chunk.first, chunk.first + len(lines))
-    if seqs != list(expected):
-        seq, said = next(pair for pair in zip(expected, seqs, strict=True) if pair[0] != pair[1])
-        raise LogDamaged(f"Line {seq} of the log says that it is event {said}.")
-    return events
-
-
-def _may_change(event: Indexed) -> bool:
-    # Most events are reads, and need not be decoded as a whole.
-    if event.resource_type == "secret":
-        return event.action != "secret.read" and event.outcome == "success"
-    return event.action == KEY_ROTATE
+    def _may_change(self, start: int, terms: Terms) -> Iterator[int]:
+        """The events from this seq on that may change a secret, by their places. Most events are
+        reads, and need not be decoded as a whole.
+        """
+        secret, read = terms.of(TYPE).get("secret"), terms.of(ACTION).get("secret.read")
+        rotate, success = terms.of(ACTION).get(KEY_ROTATE), terms.of(OUTCOME).get("success")
+        for place in range(start - self.first, len(self.times)):
+            action = self.terms[ACTION][place]
+            if self.terms[TYPE][place] == secret:
+                changing = action != read and self.terms[OUTCOME][place] == success
+            else:
+                changing = action == rotate
+            if changing:
+                yield place
 
 
 def _changes(line: Line) -> list[Changed]:
@@ -102,14 +103,3 @@ def _changes(line: Line) -> list[Changed]:
     if not is_change(line["action"], line["outcome"]):
         return []
     return [(org_id, line["resource_id"], line["name"])]
-
-
-def _one_by_one(seq: int, lines: list[bytes]) -> list[Indexed]:
-    events: list[Indexed] = []
-    for line in lines:
-        try:
-            events.append(_decoder.decode(line))
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            problem = f"What follows event {seq + len(events) - 1} of the log is not an event."
-            raise LogDamaged(problem) from None
-    return events

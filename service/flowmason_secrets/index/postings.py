@@ -13,10 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from .database import Damaged
+from .plain import encode
+
+try:
+    from ._speedups import postings as postings_of
+except ImportError:
+    from .plain import postings as postings_of
 
 # Up to here a list of places is both smaller and about as quick to read as a bitmap.
 _SPARSE = 64
-_PACKED = [struct.Struct(f"<{count}H").pack for count in range(_SPARSE + 1)]
 
 # How many blocks are a group.
 GROUP = 16
@@ -24,9 +29,6 @@ GROUP = 16
 _PART = struct.Struct("<BH")
 # What of a key is the term.
 _TERM = 0xFFFFFFFF
-
-# Up to here one pass over the block for each term is quicker than a step for each event.
-_FEW_TERMS = 64
 
 # Up to here looking up each place in bits is quicker than making bits of them.
 _FEW_PLACES = 8
@@ -55,17 +57,15 @@ def seal(
     """
     found: dict[int, bytes] = {}
     for column in columns:
-        terms = set(column) - {EVERY}
-        whole = len(places) == block
-        sealed = _by_term if whole and len(terms) <= _FEW_TERMS else _by_event
-        found.update(sealed(column, terms, places, block))
+        found.update(postings_of(column, places, block, _few(block)))
+    found.pop(EVERY, None)
     for term in sorted(found):
         yield key(number, term), found[term]
 
 
 def every(places: Sequence[int], number: int, block: int) -> tuple[int, bytes]:
     """The key and the posting of the term that every event carries."""
-    return key(number, EVERY), _encode(places, block)
+    return key(number, EVERY), encode(places, block, _few(block))
 
 
 def checked(postings: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -84,60 +84,9 @@ def unchecked(stored: Iterable[tuple[int, object]]) -> Iterator[tuple[int, bytes
         yield where, _checked(blob, where)
 
 
-def _by_event(
-    column: Sequence[int], terms: set[int], places: Sequence[int], block: int
-) -> Iterator[tuple[int, bytes]]:
-    found: defaultdict[int, list[int]] = defaultdict(list)
-    for place, term in zip(places, column, strict=True):
-        found[term].append(place)
-    for term in terms:
-        yield term, _encode(found[term], block)
-
-
-def _by_term(
-    column: Sequence[int], terms: set[int], _: Sequence[int], block: int
-) -> Iterator[tuple[int, bytes]]:
-    local = {EVERY: 0} | {term: i for i, term in enumerate(terms, 1)}
-    codes = bytes(map(local.__getitem__, column))
-    # Each has the places of one bit of all bytes of a bitmap.
-    slices = [(codes[bit::8], 1 << bit) for bit in range(8)]
-    for term in terms:
-        bits, table = 0, bytearray(256)
-        for places, value in slices:
-            table[local[term]] = value
-            bits |= int.from_bytes(places.translate(table), "little")
-        yield term, _pack(bits, block)
-
-
-def _encode(places: Sequence[int], block: int) -> bytes:
-    """Nothing for a full block, two bytes for each of a few places, or a bitmap."""
-    count = len(places)
-    if _is_sparse(count, block):
-        return _PACKED[count](*places)
-    if count == block:
-        return b""
-    bitmap = bytearray(block // 8)
-    for place in places:
-        bitmap[place >> 3] |= 1 << (place & 7)
-    return bytes(bitmap)
-
-
-def _pack(bits: int, block: int) -> bytes:
-    """The same of an int."""
-    count = bits.bit_count()
-    if count == block:
-        return b""
-    if not _is_sparse(count, block):
-        return bits.to_bytes(block // 8, "little")
-    places = []
-    while bits:
-        places.append((bits & -bits).bit_length() - 1)
-        bits &= bits - 1
-    return _encode(places, block)
-
-
-def _is_sparse(count: int, block: int) -> bool:
-    return count <= _SPARSE and 2 * count < block // 8
+def _few(block: int) -> int:
+    """Of how many events a posting has their places."""
+    return min(_SPARSE, (block // 8 - 1) // 2)
 
 
 def decode(blob: object, where: int, block: int) -> Posting:

@@ -1,11 +1,7 @@
 """Terms: the strings that audit queries ask for, as small integers. Only what is known is kept."""
 
 import sqlite3
-from collections.abc import Callable, Sequence
-from datetime import datetime
-from typing import Annotated
-
-import msgspec
+from collections.abc import Callable, Mapping
 
 from ..core.access import Principal
 from .database import Damaged
@@ -16,23 +12,13 @@ FIELDS = ORG, TYPE, ACTION, OUTCOME, NAME, ACTOR = range(6)
 # Stands for "no value"; the ids of terms begin at 1.
 NONE = 0
 
+# The terms of values, by the field; see `Terms.known`.
+Values = Mapping[str | None, int]
+Mappings = tuple[Values, Values, Values, Values, Mapping[str | None, Values], Values]
+
 # Bounded: names come from callers.
 _MAX_CACHED = 200_000
 _MAX_ALLOWED = 16
-
-
-class Indexed(msgspec.Struct, gc=False):
-    """The fields of an event that are indexed."""
-
-    id: str
-    seq: int
-    time: Annotated[datetime, msgspec.Meta(tz=True)]
-    action: str
-    outcome: str
-    org_id: str | None
-    resource_type: str
-    name: str | None
-    actor: str | None
 
 
 def matcher(allow: tuple[str, ...]) -> Callable[[str], bool]:
@@ -46,7 +32,7 @@ class Terms:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._fields: dict[int, _Known] = {}
-        self._names: dict[str | None, _Known] = {}
+        self._names = _Scopes(self)
         # For an organisation and its patterns: the names that match among the terms up to an id.
         self._allowed: dict[tuple[int | None, tuple[str, ...]], tuple[int, set[int]]] = {}
 
@@ -61,27 +47,16 @@ class Terms:
         if sum(map(len, (*self._fields.values(), *self._names.values()))) > _MAX_CACHED:
             self.forget()
 
-    def columns(self, events: Sequence[Indexed]) -> list[list[int]]:
-        """The terms of events, new ones if need be: a list for each of the fields."""
-        orgs = [event.org_id for event in events]
-        names = {org: self._names_of(org) for org in set(orgs)}
-        return [
-            list(map(self._known(ORG).__getitem__, orgs)),
-            list(map(self._known(TYPE).__getitem__, [event.resource_type for event in events])),
-            list(map(self._known(ACTION).__getitem__, [event.action for event in events])),
-            list(map(self._known(OUTCOME).__getitem__, [event.outcome for event in events])),
-            [names[event.org_id][event.name] for event in events],
-            list(map(self._known(ACTOR).__getitem__, [event.actor for event in events])),
-        ]
+    def known(self) -> Mappings:
+        """For each of the fields, the terms of its values, which get new ones if need be; names
+        have theirs by the organisation.
+        """
+        org, kind, action, outcome, actor = map(self.of, (ORG, TYPE, ACTION, OUTCOME, ACTOR))
+        return org, kind, action, outcome, self._names, actor
 
-    def _known(self, field: int) -> "_Known":
+    def of(self, field: int) -> "_Known":
+        """The terms of a field other than the name."""
         return self._fields.setdefault(field, _Known(self, field, 0))
-
-    def _names_of(self, org: str | None) -> "_Known":
-        found = self._names.get(org)
-        if found is None:
-            found = self._names[org] = _Known(self, NAME, self._known(ORG)[org])
-        return found
 
     def add(self, field: int, scope: int, value: str) -> int:
         """The id of a term, a new one if no event had it. `scope` is the organisation's id for
@@ -160,6 +135,18 @@ class Terms:
         return self._connection.execute(
             "select id, value from term where field = 4 and scope = ? and id > ?", (org, last)
         )
+
+
+class _Scopes(dict[str | None, "_Known"]):
+    """The terms of names, by the organisation."""
+
+    def __init__(self, terms: Terms) -> None:
+        super().__init__()
+        self._terms = terms
+
+    def __missing__(self, org: str | None) -> "_Known":
+        known = self[org] = _Known(self._terms, NAME, self._terms.of(ORG)[org])
+        return known
 
 
 class _Known(dict[str | None, int]):
