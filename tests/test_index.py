@@ -24,7 +24,7 @@ from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
 from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
 from flowmason_secrets.core.records import Metadata
-from flowmason_secrets.index import events, listing, pieces, sealing, sqlite
+from flowmason_secrets.index import candidates, events, listing, pieces, sealing, sqlite
 from flowmason_secrets.index.progress import Progress
 from flowmason_secrets.index.sqlite import SqliteIndex
 
@@ -281,11 +281,11 @@ audits = st.builds(
     success=st.none() | st.booleans(),
     since=moments,
     until=moments,
-    before=st.none() | st.integers(-1, 220) | st.just(10**30),
+    before=st.none() | st.integers(-1, 220) | st.integers(-1, 1200) | st.just(10**30),
     limit=st.sampled_from((0, 1, 3, 1000)),
     offset=st.sampled_from((0, 0, 1, 17, 60)),
     allow=allows,
-    after=st.none() | st.integers(-1, 220) | st.just(10**30),
+    after=st.none() | st.integers(-1, 220) | st.integers(-1, 1200) | st.just(10**30),
 )
 listings = st.builds(
     ListQuery,
@@ -305,17 +305,24 @@ quick = settings(
 
 @given(
     st.integers(0, 1000),
-    st.integers(0, 300),
+    st.integers(0, 300) | st.integers(600, 1200),
     st.lists(audits, min_size=10, max_size=30),
-    st.sampled_from((8, 16, 64, 2048)),
-    st.sampled_from((3, 1024)),
+    # Of 32, groups are merged, and some terms have so few events that they are places.
+    st.sampled_from((8, 16, 32, 64, 2048)),
+    # The events of a piece, and of how many candidates each has its row looked up.
+    st.sampled_from(((3, 0), (3, 2), (1024, 2), (1024, 32))),
     st.data(),
 )
 @quick
 def test_an_audit_query_is_a_scan_of_the_lines(
-    seed: int, size: int, queries: list[AuditQuery], block: int, piece: int, data: st.DataObject
+    seed: int,
+    size: int,
+    queries: list[AuditQuery],
+    block: int,
+    lookup: tuple[int, int],
+    data: st.DataObject,
 ) -> None:
-    log = mixed(seed, size)
+    log, (piece, few) = mixed(seed, size), lookup
 
     async def run() -> None:
         index = make(log, block=block)
@@ -327,6 +334,7 @@ def test_an_audit_query_is_a_scan_of_the_lines(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE", piece)
+        patch.setattr(candidates, "_FEW", few)
         patch.setattr(sealing, "_TERMS", 5)
         asyncio.run(run())
 

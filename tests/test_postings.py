@@ -11,9 +11,12 @@ from flowmason_secrets.index.postings import (
     Events,
     Posting,
     as_bits,
+    between,
     checked,
     common,
+    count,
     decode,
+    in_order,
     key,
     merged,
     seal,
@@ -99,3 +102,17 @@ def test_what_any_of_them_has(all_of_them: list[tuple[frozenset[int], bool]]) ->
     found = union([posting(places, bits) for places, bits in all_of_them], BLOCK)
     sets_ = [places for places, _ in all_of_them]
     assert places_of(found) == frozenset().union(*sets_)
+
+
+@given(sets, st.booleans(), st.data())
+def test_what_is_between_two_places(one: frozenset[int], bits: bool, data: st.DataObject) -> None:
+    low, high = sorted(data.draw(st.tuples(*[st.integers(0, BLOCK)] * 2)))
+    found, left = (
+        between(candidates(one, bits), low, high),
+        {place for place in one if low <= place < high},
+    )
+    assert places_of(found) == left
+    assert bool(found) == bool(left)
+    assert count(found) == len(left)
+    assert list(in_order(found, ascending=True)) == sorted(left)
+    assert list(in_order(found, ascending=False)) == sorted(left, reverse=True)

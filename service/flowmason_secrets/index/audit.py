@@ -1,6 +1,7 @@
 """Audit queries: in the order of time or against it, whole blocks at a time through postings."""
 
 import sqlite3
+from collections.abc import Callable
 
 from ..core.errors import EventArchived
 from ..core.events import Entry, Line
@@ -9,7 +10,7 @@ from .candidates import Source
 from .database import Damaged
 from .events import fetch, state
 from .plan import Plan, plan
-from .postings import in_order
+from .postings import Events, count, in_order
 from .shelf import Open
 from .terms import matcher
 
@@ -33,12 +34,12 @@ class Page:
         elif not self.full:
             self.seqs.append(seq)
 
-    def add_all(self, base: int, bits: int) -> None:
-        """Add `base` + i for every bit i of `bits`."""
-        if self._skip and (count := bits.bit_count()) <= self._skip:
-            self._skip -= count
+    def add_all(self, base: int, events: Events) -> None:
+        """Add those whose places are counted from `base` on."""
+        if self._skip and (found := count(events)) <= self._skip:
+            self._skip -= found
             return
-        for place in in_order(bits, self._ascending):
+        for place in in_order(events, self._ascending):
             if self.full:
                 return
             self.add(base + place)
@@ -71,11 +72,12 @@ def _search(opened: Open, tail: Tail, query: AuditQuery, bounds: tuple[int, int]
         return []
     _fill(page, Source(opened, wanted), wanted, known.sealed)
     # In the order in which they are stored: reading ahead goes only that way.
-    places = {seq: _place(opened.connection, seq) for seq in sorted(page.seqs)}
+    places = _places(opened.connection, sorted(page.seqs))
     entries = fetch(tail, [places[seq] for seq in page.seqs])
+    may_name = matcher(query.allow)
     for _, line in entries:
         # Nothing leaves that was not asked for, whatever the database says.
-        if not _matches(line, query):
+        if not _matches(line, query, may_name):
             raise Damaged(f"event {line['seq']} is not what its terms say")
     return entries
 
@@ -97,7 +99,7 @@ def _fill_rows(page: Page, source: Source, high: int, sealed: int) -> None:
 def _fill_blocks(page: Page, source: Source, high: int, sealed: int) -> None:
     for candidates in source.blocks(min(sealed, high)):
         if candidates.timely and candidates.named:
-            page.add_all(candidates.base, candidates.bits)
+            page.add_all(candidates.base, candidates.events)
         else:
             for seq in source.matching(candidates):
                 page.add(seq)
@@ -107,15 +109,19 @@ def _fill_blocks(page: Page, source: Source, high: int, sealed: int) -> None:
             return
 
 
-def _place(connection: sqlite3.Connection, seq: int) -> tuple[int, int, int]:
-    row = connection.execute('select segment, "offset" from event where seq = ?', (seq,)).fetchone()
-    if row is None:
-        raise Damaged(f"event {seq} has postings but no row")
-    segment, offset = row
-    return seq, segment, offset
+def _places(connection: sqlite3.Connection, seqs: list[int]) -> dict[int, tuple[int, int, int]]:
+    rows = connection.execute(
+        'select seq, segment, "offset" from json_each(?) cross join event on seq = value',
+        (str(seqs),),
+    )
+    found: dict[int, tuple[int, int, int]] = {row[0]: row for row in rows}
+    for seq in seqs:
+        if seq not in found:
+            raise Damaged(f"event {seq} has postings but no row")
+    return found
 
 
-def _matches(line: Line, query: AuditQuery) -> bool:
+def _matches(line: Line, query: AuditQuery, may_name: Callable[[str], bool]) -> bool:
     return (
         query.org_id in (None, line["org_id"])
         and query.resource_type in (None, line["resource_type"])
@@ -128,7 +134,7 @@ def _matches(line: Line, query: AuditQuery) -> bool:
             or (
                 line["resource_type"] == "secret"
                 and line["name"] is not None
-                and matcher(query.allow)(line["name"])
+                and may_name(line["name"])
             )
         )
     )

@@ -8,7 +8,7 @@ from . import pieces
 from .database import Damaged
 from .pieces import Span, unpack
 from .plan import Plan
-from .postings import ALL, Events, as_bits, in_order, unchecked, without
+from .postings import ALL, Events, as_bits, between, count, in_order, unchecked, without
 from .shelf import Open
 
 # Of fewer candidates in a piece that postings don't settle, each has its row looked up.
@@ -17,7 +17,6 @@ _FEW = 32
 # How many blocks have their postings read together: the first page of most queries is in the newest
 # one, and many blocks at once cost less than one after the other.
 _RUN = 64
-
 
 _SECOND = 1_000_000
 
@@ -36,25 +35,25 @@ _BLOCKS = (
 )
 
 
-# A row costs as much as so many postings, of which some are at hand.
-_ROWS = 4
+# A row costs as much as so many postings of a block, of which some are at hand.
+_ROWS = 2
 
 
 class Candidates(NamedTuple):
-    """Events of one block as bits, the lowest for event `base`: they match, unless their time may
-    be another one (not `timely`), or their name (not `named`).
+    """Events of one block, whose places are counted from event `base` on: they match, unless their
+    time may be another one (not `timely`), or their name (not `named`).
     """
 
     base: int
-    bits: int
+    events: Events
     timely: bool
     named: bool
 
     @property
     def bounds(self) -> tuple[int, int]:
         """From the first seq up to and without the second."""
-        lowest = (self.bits & -self.bits).bit_length() - 1
-        return self.base + lowest, self.base + self.bits.bit_length()
+        first, last = (next(in_order(self.events, ascending)) for ascending in (True, False))
+        return self.base + first, self.base + last + 1
 
 
 class Source:
@@ -108,41 +107,43 @@ class Source:
         )
         while run := list(islice(found, length)):
             candidates = self._candidates([number for number, _, _ in run])
-            named = self._named(candidates)
+            candidates, named = self._named(candidates)
             for number, first, last in run:
-                base, bits = number * self._block, candidates.get(number, 0)
-                if number in named:
-                    bits &= named[number]
-                if base + self._block > high:
-                    bits &= (1 << (high - base)) - 1
-                if base < plan.low:
-                    bits &= -1 << (plan.low - base)
-                if bits:
+                base, events = number * self._block, candidates.get(number, 0)
+                if base < plan.low or base + self._block > high:
+                    events = between(events, max(plan.low - base, 0), min(high - base, self._block))
+                if events:
                     timely = plan.since <= first and last < plan.until
-                    yield Candidates(base, bits, timely, plan.names is None or number in named)
+                    yield Candidates(base, events, timely, plan.names is None or number in named)
             length = min(2 * length, _RUN)
 
     def matching(self, candidates: Candidates) -> Iterator[int]:
-        """The matching events among candidates, in the plan's order. Piece by piece: a page is
-        often full before all of them were looked at.
+        """The matching events among candidates, in the plan's order. If they are many, or their
+        times are in question, then piece by piece: a page is often full before all of them were
+        looked at.
         """
-        plan, spans = self._plan, self._spans(candidates.base // self._block)
+        plan = self._plan
+        if candidates.timely and count(candidates.events) <= _FEW:
+            yield from self._one_by_one(candidates)
+            return
+        bits, spans = as_bits(candidates.events, self._block), self._spans(candidates.base)
         lows = range(0, self._block, pieces.PIECE)
         for low in lows if plan.ascending else reversed(lows):
             first, last = spans[low // pieces.PIECE]
             if last < plan.since or first >= plan.until:
                 continue
-            bits = candidates.bits >> low & ((1 << pieces.PIECE) - 1)
+            some = bits >> low & ((1 << pieces.PIECE) - 1)
             timely = plan.since <= first and last < plan.until
-            piece = Candidates(candidates.base + low, bits, timely, candidates.named)
+            piece = Candidates(candidates.base + low, some, timely, candidates.named)
             if piece.timely and piece.named:
                 yield from self._seqs(piece)
-            elif bits.bit_count() > _FEW:
+            elif count(some) > _FEW:
                 yield from self.rows(*piece.bounds)
             else:
                 yield from self._one_by_one(piece)
 
-    def _spans(self, number: int) -> list[Span]:
+    def _spans(self, base: int) -> list[Span]:
+        number = base // self._block
         stored = self._connection.execute(
             "select number, spans from piece where number = ?", (number,)
         )
@@ -151,22 +152,22 @@ class Source:
         raise Damaged(f"block {number} has no times")
 
     def _seqs(self, piece: Candidates) -> Iterator[int]:
-        return (piece.base + place for place in in_order(piece.bits, self._plan.ascending))
+        return (piece.base + place for place in in_order(piece.events, self._plan.ascending))
 
     def _one_by_one(self, piece: Candidates) -> Iterator[int]:
-        plan = self._plan
-        for seq in self._seqs(piece):
-            row = self._connection.execute(
-                "select name from event where seq = ? and time >= ? and time < ?",
-                (seq, plan.since, plan.until),
-            ).fetchone()
-            if row is not None and (plan.names is None or row[0] in plan.names):
-                yield seq
+        plan, seqs = self._plan, list(self._seqs(piece))
+        rows = self._connection.execute(
+            "select seq, name from json_each(?) cross join event on seq = value"
+            " where time >= ? and time < ?",
+            (str(seqs), plan.since, plan.until),
+        )
+        found = {seq for seq, name in rows if plan.names is None or name in plan.names}
+        return (seq for seq in seqs if seq in found)
 
     def _span(self, low: int, high: int) -> dict[str, int]:
         return {"from": max(low, self._plan.low), "to": min(high, self._plan.high)}
 
-    def _candidates(self, numbers: Collection[int]) -> dict[int, int]:
+    def _candidates(self, numbers: Collection[int]) -> dict[int, Events]:
         """The events that have all terms, by their blocks."""
         found: dict[int, Events] = dict.fromkeys(numbers, ALL)
         for term in self._plan.terms:
@@ -174,12 +175,21 @@ class Source:
         if self._plan.but is not None:
             for number, events in self._shelf.among(self._plan.but, found).items():
                 found[number] = without(found[number], events, self._block)
-        return {number: as_bits(events, self._block) for number, events in found.items()}
+        return found
 
-    def _named(self, candidates: dict[int, int]) -> dict[int, int]:
-        """The events with one of the names, where that is less to read than the candidates."""
+    def _named(self, found: dict[int, Events]) -> tuple[dict[int, Events], Collection[int]]:
+        """Those that have one of the names, of the blocks where that is less to read than the
+        events; and which blocks these are.
+        """
         plan, names = self._plan, self._plan.names
         if names is None:
-            return {}
-        many = [n for n, bits in candidates.items() if len(names) <= _ROWS * bits.bit_count()]
-        return self._shelf.having_any((plan.org, plan.named), names, many)
+            return found, ()
+        name, many = (plan.org, plan.named), dict[int, Events]()
+        for stretch in self._shelf.stretches(found):
+            some = {number: found[number] for number in stretch if number in found}
+            if self._shelf.keeps(name, stretch) or (
+                len(names) * len(stretch) <= _ROWS * sum(map(count, some.values()))
+            ):
+                many |= some
+        rest = {number: events for number, events in found.items() if number not in many}
+        return rest | self._shelf.among_any(name, names, many), many.keys()

@@ -4,11 +4,13 @@ Those of a group of blocks are merged, term by term, once all of them are there:
 be asked finds what a query needs in one place, not in one for each block.
 
 An int with bit `i` set stands for the event at place `i` of the block, and so does a tuple of
-places with `i` in it. A string of bytes is a bitmap, which has not been made into an int.
+places, in their order, with `i` in it. A string of bytes is a bitmap, which has not been made into
+an int.
 """
 
 import struct
 import zlib
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -176,18 +178,34 @@ def common(events: Events, posting: Posting, block: int) -> Events:
     return tuple([place for place in events if place in others])
 
 
-def in_order(bits: int, ascending: bool) -> Iterator[int]:
-    """The places of bits one by one, the lowest first or the highest."""
-    while bits:
-        place = (bits & -bits if ascending else bits).bit_length() - 1
-        bits ^= 1 << place
+def count(events: Events) -> int:
+    """How many there are."""
+    return events.bit_count() if isinstance(events, int) else len(events)
+
+
+def between(events: Events, low: int, high: int) -> Events:
+    """Those from one place up to and without another."""
+    if isinstance(events, int):
+        return events & (1 << high) - (1 << low)
+    return events[bisect_left(events, low) : bisect_left(events, high)]
+
+
+def in_order(events: Events, ascending: bool) -> Iterator[int]:
+    """The places one by one, the lowest first or the highest."""
+    if isinstance(events, tuple):
+        yield from events if ascending else reversed(events)
+        return
+    while events:
+        place = (events & -events if ascending else events).bit_length() - 1
+        events ^= 1 << place
         yield place
 
 
 def without(events: Events, those: Events, block: int) -> Events:
     """The events but for those."""
     if isinstance(events, tuple) and isinstance(those, tuple):
-        return tuple([place for place in events if place not in those])
+        others = frozenset(those)
+        return tuple([place for place in events if place not in others])
     return as_bits(events, block) & ~as_bits(those, block)
 
 

@@ -1,7 +1,7 @@
 """Postings as they are read: those that were used last are kept decoded, for they never change."""
 
 import sqlite3
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -15,18 +15,10 @@ _ENTRY = 100
 _PLACE = 40
 
 
-class _Unread(NamedTuple):
-    """What has to be read: the groups whose postings are merged, and single blocks."""
-
-    groups: list[int]
-    blocks: set[int]
-
-    @property
-    def numbers(self) -> Iterator[int]:
-        """All blocks that are read then: those of the groups, too, that nobody asked for."""
-        for group in self.groups:
-            yield from range(group * GROUP, (group + 1) * GROUP)
-        yield from self.blocks
+# Blocks that have their postings read together: those of a group that is merged, or a single one.
+Stretch = range
+# By their blocks.
+_Parts = dict[int, Posting]
 
 
 class Shelf:
@@ -35,8 +27,8 @@ class Shelf:
     def __init__(self, connection: sqlite3.Connection, block: int) -> None:
         self.block = block
         self._connection = connection
-        # By what it is of and the block's number, the one that was not used for longest first.
-        self._kept: OrderedDict[tuple[object, int], Posting] = OrderedDict()
+        # By what they are of and where, those that were not used for longest first.
+        self._kept: OrderedDict[tuple[object, Stretch], _Parts] = OrderedDict()
         self._size = 0
 
     def forget(self) -> None:
@@ -44,98 +36,112 @@ class Shelf:
         self._kept.clear()
         self._size = 0
 
+    def stretches(self, numbers: Collection[int]) -> Iterator[Stretch]:
+        """Where these blocks have their postings."""
+        (merged,) = self._connection.execute(
+            "select sealed / block / ? from state", (GROUP,)
+        ).fetchone()
+        for group in {number // GROUP for number in numbers}:
+            whole = range(group * GROUP, (group + 1) * GROUP)
+            if group < merged:
+                yield whole
+            else:
+                yield from (range(one, one + 1) for one in whole if one in numbers)
+
+    def keeps(self, name: object, stretch: Stretch) -> bool:
+        """Whether the postings there of what has this name need not be read."""
+        return (name, stretch) in self._kept
+
     def among(self, term: int, candidates: Mapping[int, Events]) -> dict[int, Events]:
         """Those of the candidates that have a term, by their blocks; blocks without one are left
         out.
         """
-        found, missing = self._at_hand(term, candidates)
-        unread = self._to_read(missing)
-        found.update(self._read(term, unread))
-        for number in unread.numbers:
-            self._keep((term, number), found.get(number, ()))
+        return self.among_any(term, (term,), candidates)
+
+    def among_any(
+        self, name: object, terms: Collection[int], candidates: Mapping[int, Events]
+    ) -> dict[int, Events]:
+        """Those of the candidates that have one of the terms, for all of which `name` stands."""
+        found: dict[int, _Parts] = {}
+        for parts in self._parts(name, terms, candidates):
+            found.update(dict.fromkeys(parts, parts))
         result: dict[int, Events] = {}
         for number, events in candidates.items():
-            posting = found.get(number, ())
+            if (those := found.get(number)) is None:
+                continue
+            posting = those[number]
             if isinstance(posting, bytes) and isinstance(events, int):
-                posting = as_bits(posting, self.block)
-                self._keep((term, number), posting)
+                posting = those[number] = as_bits(posting, self.block)
             if both := common(events, posting, self.block):
                 result[number] = both
-        self._trim()
         return result
 
-    def having_any(
+    def _parts(
         self, name: object, terms: Collection[int], numbers: Collection[int]
-    ) -> dict[int, int]:
-        """The events that have one of the terms, as bits: of each of these blocks. `name` stands
-        for all terms that there are.
-        """
-        known, missing = self._at_hand(name, numbers)
-        found = {number: as_bits(posting, self.block) for number, posting in known.items()}
-        unread = self._to_read(missing)
-        read: dict[int, list[Posting]] = {number: [] for number in unread.numbers}
-        for term in terms if read else ():
-            for number, posting in self._read(term, unread):
-                read[number].append(posting)
-        for number, postings in read.items():
-            found[number] = union(postings, self.block)
-            self._keep((name, number), found[number])
-        self._trim()
+    ) -> list[_Parts]:
+        """The postings of these blocks, and maybe of others."""
+        found, missing = [], []
+        for stretch in self.stretches(numbers):
+            if (parts := self._kept.get((name, stretch))) is None:
+                missing.append(stretch)
+            else:
+                found.append(parts)
+                self._kept.move_to_end((name, stretch))
+        for stretch, parts in self._read(terms, missing):
+            found.append(parts)
+            self._kept[name, stretch] = parts
+            self._size += self._room(parts)
+        while self._size > _ROOM:
+            self._size -= self._room(self._kept.popitem(last=False)[1])
         return found
 
-    def _at_hand(
-        self, name: object, numbers: Collection[int]
-    ) -> tuple[dict[int, Posting], set[int]]:
-        found: dict[int, Posting] = {}
-        for number in numbers:
-            posting = self._kept.get((name, number))
-            if posting is not None:
-                found[number] = posting
-                self._kept.move_to_end((name, number))
-        return found, set(numbers) - found.keys()
-
-    def _to_read(self, numbers: Collection[int]) -> "_Unread":
-        (merged,) = self._connection.execute(
-            "select sealed / block / ? from state", (GROUP,)
-        ).fetchone()
-        groups = {number // GROUP for number in numbers if number // GROUP < merged}
-        return _Unread(sorted(groups), {one for one in numbers if one // GROUP >= merged})
-
-    def _read(self, term: int, unread: "_Unread") -> Iterator[tuple[int, Posting]]:
-        """The postings of a term, by their blocks."""
-        for group in unread.groups:
-            where = key(group, term)
-            row = self._connection.execute(
-                "select parts from merged where id = ?", (where,)
-            ).fetchone()
-            if row is not None:
-                yield from split(row[0], where, self.block).items()
-        if unread.blocks:
-            rows = self._connection.execute(
-                "select id, bits from block cross join posting on id = number << 32 | ?"
-                " where number between ? and ?",
-                (term, min(unread.blocks), max(unread.blocks)),
+    def _read(
+        self, terms: Collection[int], stretches: Collection[Stretch]
+    ) -> Iterator[tuple[Stretch, _Parts]]:
+        """The events that have one of the terms."""
+        single: dict[int, list[Posting]] = {one[0]: [] for one in stretches if len(one) == 1}
+        for term in terms if single else ():
+            for number, posting in self._postings(single, term):
+                single[number].append(posting)
+        for stretch in stretches:
+            if len(stretch) == 1:
+                parts = {one: single[one] for one in stretch if single[one]}
+            else:
+                parts = self._merged(stretch[0] // GROUP, terms)
+            yield (
+                stretch,
+                {
+                    number: some[0] if len(some) == 1 else union(some, self.block)
+                    for number, some in parts.items()
+                },
             )
-            for where, blob in rows:
-                if where >> 32 in unread.blocks:
-                    yield where >> 32, decode(blob, where, self.block)
 
-    def _keep(self, key: tuple[object, int], posting: Posting) -> None:
-        self._size += _room(posting) - _room(self._kept.pop(key, None))
-        self._kept[key] = posting
+    def _postings(self, numbers: Collection[int], term: int) -> Iterator[tuple[int, Posting]]:
+        found = self._connection.execute(
+            "select id, bits from block cross join posting on id = number << 32 | ?"
+            " where number between ? and ?",
+            (term, min(numbers), max(numbers)),
+        )
+        for where, blob in found:
+            if where >> 32 in numbers:
+                yield where >> 32, decode(blob, where, self.block)
 
-    def _trim(self) -> None:
-        while self._size > _ROOM:
-            _, posting = self._kept.popitem(last=False)
-            self._size -= _room(posting)
+    def _merged(self, group: int, terms: Collection[int]) -> dict[int, list[Posting]]:
+        parts: defaultdict[int, list[Posting]] = defaultdict(list)
+        for term in terms:
+            where = key(group, term)
+            found = self._connection.execute("select parts from merged where id = ?", (where,))
+            for (blob,) in found:
+                for number, posting in split(blob, where, self.block).items():
+                    parts[number].append(posting)
+        return parts
 
-
-def _room(posting: Posting | None) -> int:
-    if posting is None:
-        return 0
-    if isinstance(posting, int):
-        return _ENTRY + posting.bit_length() // 8
-    return _ENTRY + len(posting) * (1 if isinstance(posting, bytes) else _PLACE)
+    def _room(self, parts: _Parts) -> int:
+        # A bitmap that becomes bits takes as much.
+        bits = _ENTRY + self.block // 8
+        return _ENTRY + sum(
+            _ENTRY + len(one) * _PLACE if isinstance(one, tuple) else bits for one in parts.values()
+        )
 
 
 class Open(NamedTuple):
