@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Callable
+from functools import cache
 
 from ..core.errors import EventArchived
 from ..core.events import Entry, Line
@@ -74,7 +75,8 @@ def _search(opened: Open, tail: Tail, query: AuditQuery, bounds: tuple[int, int]
     # In the order in which they are stored: reading ahead goes only that way.
     places = _places(opened.connection, sorted(page.seqs))
     entries = fetch(tail, [places[seq] for seq in page.seqs])
-    may_name = matcher(query.allow)
+    # A page has few names, each many times.
+    may_name = cache(matcher(query.allow))
     for _, line in entries:
         # Nothing leaves that was not asked for, whatever the database says.
         if not _matches(line, query, may_name):
