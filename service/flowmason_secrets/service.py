@@ -205,13 +205,13 @@ class Service:
         return await self._index.audit(query._replace(allow=caller.principal.allow), position)
 
     async def complete_since(self) -> str | None:
-        """The time from which on the answers until now have all events; None if that is the
-        beginning: nothing was archived.
+        """The time from which on the newest answer has all events; None if that is the beginning:
+        nothing was archived.
 
         Raises:
             LogDamaged: it can't be found out.
         """
-        return (await self._index.minimum()).complete_since
+        return (await self._index.minimum(answered=True)).complete_since
 
     async def audit_summary(
         self, caller: Caller, query: AuditQuery, grouping: Grouping

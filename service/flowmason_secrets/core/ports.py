@@ -256,8 +256,8 @@ class Index(Protocol):
     async def organisations(self, position: int) -> list[str]:
         """The ids of all organisations among the first `position` events, archived ones too."""
 
-    async def minimum(self) -> Minimum:
-        """Which events were archived until now: no answer has any of them."""
+    async def minimum(self, *, answered: bool = False) -> Minimum:
+        """Which events were archived until now, or until the newest answer: it has none of them."""
 
     async def key_counts(self, position: int) -> dict[str, int]:
         """How many secrets are under each master key, by key id, over all organisations, as it was

@@ -86,6 +86,8 @@ class SqliteIndex:
         self._database = Database(path, remove, block, self._first_fill)
         self._opened: Open | None = None
         self._hurry = False
+        # What was archived when events were asked for last.
+        self._answered: Minimum | None = None
         self._progress = Progress(_FAR * block, time.monotonic)
         # One thread, because SQLite's work is serial anyway and its connection belongs to it.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="index")
@@ -109,7 +111,9 @@ class SqliteIndex:
         def search(opened: Open) -> list[Entry]:
             self._catch_up(opened, position)
             with transaction(opened.connection, "deferred"):
-                return audit.search(opened, self._tail, query, position)
+                found = audit.search(opened, self._tail, query, position)
+            self._answered = self._tail.minimum()
+            return found
 
         return await self._hop(search)
 
@@ -172,13 +176,15 @@ class SqliteIndex:
 
         return await self._hop(found)
 
-    async def minimum(self) -> Minimum:
-        """Which events were archived until now: no answer has any of them.
+    async def minimum(self, *, answered: bool = False) -> Minimum:
+        """Which events were archived until now, or until the newest answer: it has none of them.
 
         Raises:
             LogDamaged: what says so can't be read.
         """
-        return await self._run(self._tail.minimum)
+        if not answered or self._answered is None:
+            self._answered = await self._run(self._tail.minimum)
+        return self._answered
 
     async def key_counts(self, position: int) -> dict[str, int]:
         """How many secrets are under each master key, by key id, over all organisations, as it was
