@@ -5,20 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmason_secrets.index.database import Damaged
+from flowmason_secrets.index.plain import Events, as_bits, of_bits
 from flowmason_secrets.index.postings import (
-    ALL,
     GROUP,
-    Events,
-    Posting,
-    as_bits,
+    among,
     between,
     checked,
-    common,
     count,
     decode,
     in_order,
     key,
     merged,
+    piece,
     seal,
     split,
     union,
@@ -41,26 +39,26 @@ def stored(places: frozenset[int]) -> tuple[int, bytes]:
     return where, blob
 
 
-def posting(places: frozenset[int], bits: bool) -> Posting:
+def posting(places: frozenset[int]) -> Events:
     where, blob = stored(places)
-    found = decode(blob, where, BLOCK)
-    return as_bits(found, BLOCK) if bits else found
+    return decode(blob, where, BLOCK)
 
 
 def candidates(places: frozenset[int], bits: bool) -> Events:
-    return sum(1 << place for place in places) if bits else tuple(sorted(places))
+    found = tuple(sorted(places))
+    return as_bits(found).to_bytes(BLOCK // 8, "little") if bits else found
 
 
-def places_of(events: Posting) -> frozenset[int]:
-    bits = as_bits(events, BLOCK)
+def places_of(events: Events) -> frozenset[int]:
+    bits = as_bits(events)
     return frozenset(place for place in range(BLOCK) if bits >> place & 1)
 
 
-@given(sets, st.booleans())
-def test_a_posting_is_what_was_sealed(places: frozenset[int], bits: bool) -> None:
-    found = posting(places, bits)
+@given(sets)
+def test_a_posting_is_what_was_sealed(places: frozenset[int]) -> None:
+    found = posting(places)
     assert places_of(found) == places
-    assert common(ALL, found, BLOCK) in (found, as_bits(found, BLOCK))
+    assert among({7: None, 8: None}, {7: found}) == {7: found}
 
 
 @given(st.dictionaries(st.integers(0, GROUP - 1), st.tuples(sets, sets)))
@@ -85,23 +83,38 @@ def test_what_was_merged_is_what_each_block_has(
             split(blob, where + 1, BLOCK)
 
 
-@given(sets, st.booleans(), sets, st.booleans())
+@given(sets, st.booleans(), sets)
 def test_what_two_have_in_common_and_what_is_left(
-    one: frozenset[int], bits: bool, other: frozenset[int], as_read: bool
+    one: frozenset[int], bits: bool, other: frozenset[int]
 ) -> None:
     events = candidates(one, bits)
-    both = common(events, posting(other, not as_read), BLOCK)
-    assert places_of(both) == one & other
-    # Nothing is what says that a block has none.
-    assert bool(both) == bool(one & other)
-    assert places_of(without(events, both, BLOCK)) == one - other
+    found = among({1: events, 2: events}, {1: posting(other), 3: posting(other)})
+    assert {number: places_of(both) for number, both in found.items()} == (
+        {1: one & other} if one & other else {}
+    )
+    left = without({1: events, 2: events}, {1: posting(other), 3: posting(other)})
+    assert {number: places_of(rest) for number, rest in left.items()} == (
+        {1: one - other, 2: one} if one - other else {2: one}
+    )
 
 
-@given(st.lists(st.tuples(sets, st.booleans()), max_size=4))
-def test_what_any_of_them_has(all_of_them: list[tuple[frozenset[int], bool]]) -> None:
-    found = union([posting(places, bits) for places, bits in all_of_them], BLOCK)
-    sets_ = [places for places, _ in all_of_them]
-    assert places_of(found) == frozenset().union(*sets_)
+@given(st.lists(sets, max_size=4))
+def test_what_any_of_them_has(all_of_them: list[frozenset[int]]) -> None:
+    found = union([posting(places) for places in all_of_them], BLOCK)
+    assert places_of(found) == frozenset().union(*all_of_them)
+
+
+@given(sets)
+def test_bits_and_back(places: frozenset[int]) -> None:
+    events = of_bits(as_bits(tuple(sorted(places))), BLOCK // 8)
+    assert places_of(events) == places
+    assert isinstance(events, bytes) == (len(places) > 64)
+
+
+@given(sets, st.booleans(), st.integers(0, BLOCK - 1), st.integers(1, 200))
+def test_a_piece(one: frozenset[int], bits: bool, low: int, size: int) -> None:
+    found = piece(candidates(one, bits), low, size)
+    assert places_of(found) == {place - low for place in one if low <= place < low + size}
 
 
 @given(sets, st.booleans(), st.data())

@@ -66,6 +66,16 @@ def test_parents(nodes: list[bytes]) -> None:
         ("postings", ([1], [0], 1 << 17, 0), ValueError),
         ("postings", ([[]], [0], 8, 0), TypeError),
         ("postings", (1, [0], 8, 0), TypeError),
+        ("among", ({1: 7}, {1: ()}), TypeError),
+        ("among", ({1: ()}, {1: None}), TypeError),
+        ("among", ({1: ("a",)}, {1: (1,)}), TypeError),
+        ("among", ({1: (1,)}, {1: ("a",)}), TypeError),
+        ("among", ({1: b"12"}, {1: b"1"}), ValueError),
+        ("among", ({1: bytes(9000)}, {1: bytes(9000)}), ValueError),
+        ("among", ({1: b"12"}, {1: (-1,)}), OverflowError),
+        ("without", ({1: None}, {1: (1,)}), TypeError),
+        ("without", ({1: b"12"}, {1: ("a",)}), TypeError),
+        ("without", ([], {}), TypeError),
         ("leaf_hashes", (7,), TypeError),
         ("leaf_hashes", ([b"", "text"],), TypeError),
         ("parents", (None,), TypeError),
@@ -367,6 +377,42 @@ def test_more_values_than_are_remembered() -> None:
     ]
     assert indexed(b"\n".join(lines) + b"\n", by_column.read_columns)["known"] == 2 * 4999 + 6
     agree(*lines)
+
+
+PLACES = st.sets(st.integers(0, BLOCK - 1), max_size=80) | st.just(set(range(BLOCK)))
+EVENTS = st.tuples(PLACES, st.booleans()).map(
+    lambda drawn: (
+        plain.as_bits(tuple(drawn[0])).to_bytes(BLOCK // 8, "little")
+        if drawn[1]
+        else tuple(sorted(drawn[0]))
+    )
+)
+BLOCKS = st.dictionaries(st.integers(0, 3), EVENTS)
+
+
+@given(BLOCKS, BLOCKS)
+def test_among_and_without(blocks: dict[int, Any], others: dict[int, Any]) -> None:
+    every = dict.fromkeys(range(4))
+    assert by_column.among(every, others) == plain.among(every, others)
+    assert by_column.among(blocks, others) == plain.among(blocks, others)
+    assert by_column.without(blocks, others) == plain.without(blocks, others)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 9, 32, 8192])
+def test_bitmaps_of_any_size(size: int) -> None:
+    full: dict[int, Any] = {1: b"\xff" * size}
+    for count in {1, 8, 63, 64, 65, 66, 8 * size - 1, 8 * size}:
+        some: dict[int, Any] = {1: ((1 << min(count, 8 * size)) - 1).to_bytes(size, "little")}
+        assert by_column.among(full, some) == plain.among(full, some)
+        assert by_column.without(full, some) == plain.without(full, some)
+
+
+def test_places_that_no_bitmap_has() -> None:
+    full: dict[int, Any] = {1: b"\xff" * 32}
+    beyond: dict[int, Any] = {1: (1, 256, 1 << 40)}
+    assert by_column.among(beyond, full) == by_column.among(full, beyond) == {1: (1,)}
+    assert by_column.without(beyond, full) == {1: (256, 1 << 40)}
+    assert by_column.without(full, beyond) == plain.without(full, {1: (1,)})
 
 
 class Broken(dict[str | None, int]):

@@ -1,11 +1,11 @@
-/* Reading events by the column, and making postings of the columns, at the speed that long logs ask
-   for. Python does the same elsewhere, and what is unusual is left to it. */
+/* Reading events by the column, making postings of the columns, and intersecting them, at the speed
+   that long logs ask for. Python does the same elsewhere, and what is unusual is left to it. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <stdint.h>
 
 #include "../core/_lines.h"
+#include "_blocks.h"
 
 static int two(const char *at)
 {
@@ -250,7 +250,21 @@ done:
     return found;
 }
 
+static PyObject *among(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    return of_blocks(arguments, 1);
+}
+
+static PyObject *without(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    return of_blocks(arguments, 0);
+}
+
 static PyMethodDef methods[] = {
+    {"among", among, METH_VARARGS, "See plain.among."},
+    {"without", without, METH_VARARGS, "See plain.without."},
     {"read_columns", read_columns, METH_VARARGS,
         "Read the lines of events from a place of the data on, as long as they follow each other: "
         "the first has this seq. Returns the place behind them, and lists: their places, their "

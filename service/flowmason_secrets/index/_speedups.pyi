@@ -1,5 +1,6 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from .plain import Events
 from .terms import Mappings
 
 def read_columns(
@@ -8,3 +9,7 @@ def read_columns(
 def postings(
     column: Sequence[int], places: Sequence[int], block: int, few: int, /
 ) -> dict[int, bytes]: ...
+def among(
+    blocks: Mapping[int, Events | None], postings: dict[int, Events], /
+) -> dict[int, Events]: ...
+def without(blocks: dict[int, Events], postings: dict[int, Events], /) -> dict[int, Events]: ...

@@ -10,8 +10,9 @@ from ..core.ports import AuditQuery, Tail
 from .candidates import Source
 from .database import Damaged
 from .events import fetch, state
+from .plain import Events
 from .plan import Plan, plan
-from .postings import Events, count, in_order
+from .postings import count, in_order
 from .shelf import Open
 from .terms import matcher
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from . import pieces
 from .database import Damaged
 from .pieces import Span, unpack
+from .plain import Events
 from .plan import Plan
-from .postings import ALL, Events, as_bits, between, count, in_order, unchecked, without
+from .postings import between, count, in_order, piece, unchecked
 from .shelf import Open
 
 # Of fewer candidates in a piece that postings don't settle, each has its row looked up.
@@ -109,7 +110,7 @@ class Source:
             candidates = self._candidates([number for number, _, _ in run])
             candidates, named = self._named(candidates)
             for number, first, last in run:
-                base, events = number * self._block, candidates.get(number, 0)
+                base, events = number * self._block, candidates.get(number, ())
                 if base < plan.low or base + self._block > high:
                     events = between(events, max(plan.low - base, 0), min(high - base, self._block))
                 if events:
@@ -126,21 +127,22 @@ class Source:
         if candidates.timely and count(candidates.events) <= _FEW:
             yield from self._one_by_one(candidates)
             return
-        bits, spans = as_bits(candidates.events, self._block), self._spans(candidates.base)
+        spans = self._spans(candidates.base)
         lows = range(0, self._block, pieces.PIECE)
         for low in lows if plan.ascending else reversed(lows):
             first, last = spans[low // pieces.PIECE]
             if last < plan.since or first >= plan.until:
                 continue
-            some = bits >> low & ((1 << pieces.PIECE) - 1)
+            if not (events := piece(candidates.events, low, pieces.PIECE)):
+                continue
             timely = plan.since <= first and last < plan.until
-            piece = Candidates(candidates.base + low, some, timely, candidates.named)
-            if piece.timely and piece.named:
-                yield from self._seqs(piece)
-            elif count(some) > _FEW:
-                yield from self.rows(*piece.bounds)
+            some = Candidates(candidates.base + low, events, timely, candidates.named)
+            if some.timely and some.named:
+                yield from self._seqs(some)
+            elif count(events) > _FEW:
+                yield from self.rows(*some.bounds)
             else:
-                yield from self._one_by_one(piece)
+                yield from self._one_by_one(some)
 
     def _spans(self, base: int) -> list[Span]:
         number = base // self._block
@@ -151,11 +153,11 @@ class Source:
             return unpack(data)
         raise Damaged(f"block {number} has no times")
 
-    def _seqs(self, piece: Candidates) -> Iterator[int]:
-        return (piece.base + place for place in in_order(piece.events, self._plan.ascending))
+    def _seqs(self, some: Candidates) -> Iterator[int]:
+        return (some.base + place for place in in_order(some.events, self._plan.ascending))
 
-    def _one_by_one(self, piece: Candidates) -> Iterator[int]:
-        plan, seqs = self._plan, list(self._seqs(piece))
+    def _one_by_one(self, some: Candidates) -> Iterator[int]:
+        plan, seqs = self._plan, list(self._seqs(some))
         rows = self._connection.execute(
             "select seq, name from json_each(?) cross join event on seq = value"
             " where time >= ? and time < ?",
@@ -169,12 +171,12 @@ class Source:
 
     def _candidates(self, numbers: Collection[int]) -> dict[int, Events]:
         """The events that have all terms, by their blocks."""
-        found: dict[int, Events] = dict.fromkeys(numbers, ALL)
-        for term in self._plan.terms:
+        first, *others = self._plan.terms
+        found = self._shelf.among(first, dict.fromkeys(numbers))
+        for term in others:
             found = self._shelf.among(term, found)
         if self._plan.but is not None:
-            for number, events in self._shelf.among(self._plan.but, found).items():
-                found[number] = without(found[number], events, self._block)
+            found = self._shelf.without(self._plan.but, found)
         return found
 
     def _named(self, found: dict[int, Events]) -> tuple[dict[int, Events], Collection[int]]:

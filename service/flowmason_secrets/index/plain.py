@@ -2,7 +2,7 @@
 
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate, repeat
 from operator import add, floordiv, sub
@@ -16,6 +16,10 @@ from .terms import Mappings
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+
+# Events of a block: a tuple of their places, in their order, or a bitmap: of more places than _FEW.
+Events = tuple[int, ...] | bytes
+_FEW = 64
 
 
 class Indexed(msgspec.Struct, gc=False):
@@ -109,3 +113,67 @@ def encode(places: Sequence[int], block: int, few: int) -> bytes:
     for place in places:
         bitmap[place >> 3] |= 1 << (place & 7)
     return bytes(bitmap)
+
+
+def among(blocks: Mapping[int, Events | None], postings: dict[int, Events], /) -> dict[int, Events]:
+    """Those of the events that a posting has, too, by their blocks; None stands for all of a block.
+    Blocks without any are left out.
+    """
+    both = {
+        number: _common(events, postings[number])
+        for number, events in blocks.items()
+        if number in postings
+    }
+    return {number: events for number, events in both.items() if events}
+
+
+def without(blocks: dict[int, Events], postings: dict[int, Events], /) -> dict[int, Events]:
+    """Those of the events that no posting has, by their blocks."""
+    left = {
+        number: _without(events, postings[number]) if number in postings else events
+        for number, events in blocks.items()
+    }
+    return {number: events for number, events in left.items() if events}
+
+
+def _common(events: Events | None, others: Events) -> Events:
+    if events is None:
+        return others
+    if isinstance(events, bytes) and isinstance(others, bytes):
+        return of_bits(as_bits(events) & as_bits(others), len(events))
+    if isinstance(events, bytes):
+        events, others = others, events
+    return tuple([place for place in events if _has(others, place)])
+
+
+def _without(events: Events, others: Events) -> Events:
+    if isinstance(events, bytes):
+        return of_bits(as_bits(events) & ~as_bits(others), len(events))
+    return tuple([place for place in events if not _has(others, place)])
+
+
+def _has(events: Events, place: int) -> bool:
+    if isinstance(events, bytes):
+        return bool(events[place >> 3] >> (place & 7) & 1)
+    return place in events
+
+
+def as_bits(events: Events) -> int:
+    """A bit for each place."""
+    if isinstance(events, bytes):
+        return int.from_bytes(events, "little")
+    bitmap = bytearray(max(events, default=-1) // 8 + 1)
+    for place in events:
+        bitmap[place >> 3] |= 1 << (place & 7)
+    return int.from_bytes(bitmap, "little")
+
+
+def of_bits(bits: int, size: int) -> Events:
+    """The same back; `size` is that of a bitmap."""
+    if bits.bit_count() > _FEW:
+        return bits.to_bytes(size, "little")
+    places = []
+    while bits:
+        places.append((bits & -bits).bit_length() - 1)
+        bits &= bits - 1
+    return tuple(places)

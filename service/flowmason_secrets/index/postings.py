@@ -3,9 +3,7 @@
 Those of a group of blocks are merged, term by term, once all of them are there: a disk that has to
 be asked finds what a query needs in one place, not in one for each block.
 
-An int with bit `i` set stands for the event at place `i` of the block, and so does a tuple of
-places, in their order, with `i` in it. A string of bytes is a bitmap, which has not been made into
-an int.
+Events of a block are a tuple of their places, in their order, or a bitmap.
 """
 
 import struct
@@ -15,12 +13,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from .database import Damaged
-from .plain import encode
+from .plain import Events, as_bits, encode, of_bits
 
 try:
+    from ._speedups import among as among
     from ._speedups import postings as postings_of
+    from ._speedups import without as without
 except ImportError:
+    from .plain import among as among
     from .plain import postings as postings_of
+    from .plain import without as without
 
 # Up to here a list of places is both smaller and about as quick to read as a bitmap.
 _SPARSE = 64
@@ -31,14 +33,6 @@ GROUP = 16
 _PART = struct.Struct("<BH")
 # What of a key is the term.
 _TERM = 0xFFFFFFFF
-
-# Up to here looking up each place in bits is quicker than making bits of them.
-_FEW_PLACES = 8
-
-Events = int | tuple[int, ...]
-Posting = Events | bytes
-# Every event, of a block of any size.
-ALL = -1
 
 # The term that every event carries. In a column it stands for a field without a value, which
 # nobody can ask for.
@@ -91,8 +85,8 @@ def _few(block: int) -> int:
     return min(_SPARSE, (block // 8 - 1) // 2)
 
 
-def decode(blob: object, where: int, block: int) -> Posting:
-    """The events of a posting, as they are at hand: all of a block as bits, a few as places.
+def decode(blob: object, where: int, block: int) -> Events:
+    """The events of a posting, as they are at hand: a few as places.
 
     Raises:
         Damaged: not what was stored for this key.
@@ -112,14 +106,14 @@ def merged(postings: Iterable[tuple[int, bytes]], group: int) -> Iterator[tuple[
         yield where, data + _check(data, ~where)
 
 
-def split(blob: object, where: int, block: int) -> dict[int, Posting]:
+def split(blob: object, where: int, block: int) -> dict[int, Events]:
     """What was merged, by the number of the block; blocks without an event have none.
 
     Raises:
         Damaged: not what `merged` made for this key.
     """
     data = _checked(blob, ~where)
-    found: dict[int, Posting] = {}
+    found: dict[int, Events] = {}
     first, place = (where >> 32) * GROUP, 0
     while place < len(data):
         number, size = _PART.unpack_from(data, place)
@@ -128,66 +122,42 @@ def split(blob: object, where: int, block: int) -> dict[int, Posting]:
     return found
 
 
-def _decode(data: bytes, block: int) -> Posting:
+def _decode(data: bytes, block: int) -> Events:
     if not data:
-        return (1 << block) - 1
+        return b"\xff" * (block // 8)
     return data if len(data) == block // 8 else _places(data)
 
 
-def union(postings: Iterable[Posting], block: int) -> int:
+def union(postings: Iterable[Events], block: int) -> Events:
     """The events that any of the postings has."""
     bits = 0
-    few: list[int] = []
+    few: set[int] = set()
     for posting in postings:
         if isinstance(posting, tuple):
-            few += posting
+            few.update(posting)
         else:
-            bits |= as_bits(posting, block)
-    return bits | as_bits(tuple(few), block)
-
-
-def as_bits(posting: Posting, block: int) -> int:
-    """The same as bits."""
-    if isinstance(posting, int):
-        return posting
-    if isinstance(posting, tuple):
-        bitmap = bytearray(block // 8)
-        for place in posting:
-            bitmap[place >> 3] |= 1 << (place & 7)
-        posting = bytes(bitmap)
-    return int.from_bytes(posting, "little")
-
-
-def common(events: Events, posting: Posting, block: int) -> Events:
-    """Those of the events that a posting has, too: `ALL` stands for every one.
-
-    Places are looked up one by one, because making bits of a bitmap takes longer than that; but of
-    bits only a few, which takes longer for each.
-    """
-    if events == ALL and isinstance(posting, tuple):
-        return posting
-    if isinstance(events, int):
-        return events & as_bits(posting, block)
-    if isinstance(posting, int) and len(events) > _FEW_PLACES:
-        return as_bits(events, block) & posting
-    if isinstance(posting, int):
-        return tuple([place for place in events if posting >> place & 1])
-    if isinstance(posting, bytes):
-        return tuple([place for place in events if posting[place >> 3] >> (place & 7) & 1])
-    others = frozenset(posting)
-    return tuple([place for place in events if place in others])
+            bits |= as_bits(posting)
+    return of_bits(bits | as_bits(tuple(few)), block // 8)
 
 
 def count(events: Events) -> int:
     """How many there are."""
-    return events.bit_count() if isinstance(events, int) else len(events)
+    return len(events) if isinstance(events, tuple) else as_bits(events).bit_count()
 
 
 def between(events: Events, low: int, high: int) -> Events:
     """Those from one place up to and without another."""
-    if isinstance(events, int):
-        return events & (1 << high) - (1 << low)
-    return events[bisect_left(events, low) : bisect_left(events, high)]
+    if isinstance(events, tuple):
+        return events[bisect_left(events, low) : bisect_left(events, high)]
+    return of_bits(as_bits(events) & (1 << high) - (1 << low), len(events))
+
+
+def piece(events: Events, low: int, size: int) -> Events:
+    """Those of a part of the block, with their places in it."""
+    if isinstance(events, tuple):
+        return tuple([place - low for place in between(events, low, low + size)])
+    bits = as_bits(events[low // 8 : (low + size + 7) // 8]) >> low % 8
+    return of_bits(bits & (1 << size) - 1, (size + 7) // 8)
 
 
 def in_order(events: Events, ascending: bool) -> Iterator[int]:
@@ -195,18 +165,11 @@ def in_order(events: Events, ascending: bool) -> Iterator[int]:
     if isinstance(events, tuple):
         yield from events if ascending else reversed(events)
         return
-    while events:
-        place = (events & -events if ascending else events).bit_length() - 1
-        events ^= 1 << place
+    bits = as_bits(events)
+    while bits:
+        place = (bits & -bits if ascending else bits).bit_length() - 1
+        bits ^= 1 << place
         yield place
-
-
-def without(events: Events, those: Events, block: int) -> Events:
-    """The events but for those."""
-    if isinstance(events, tuple) and isinstance(those, tuple):
-        others = frozenset(those)
-        return tuple([place for place in events if place not in others])
-    return as_bits(events, block) & ~as_bits(those, block)
 
 
 def _places(data: bytes) -> tuple[int, ...]:

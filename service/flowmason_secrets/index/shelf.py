@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from .gathering import Gathered
-from .postings import GROUP, Events, Posting, as_bits, common, decode, key, split, union
+from .plain import Events
+from .postings import GROUP, among, decode, key, split, union, without
 from .terms import Terms
 
 # In bytes: what is asked again and again fits in, whatever the length of the log.
@@ -18,7 +19,7 @@ _PLACE = 40
 # Blocks that have their postings read together: those of a group that is merged, or a single one.
 Stretch = range
 # By their blocks.
-_Parts = dict[int, Posting]
+_Parts = dict[int, Events]
 
 
 class Shelf:
@@ -52,43 +53,34 @@ class Shelf:
         """Whether the postings there of what has this name need not be read."""
         return (name, stretch) in self._kept
 
-    def among(self, term: int, candidates: Mapping[int, Events]) -> dict[int, Events]:
+    def among(self, term: int, candidates: Mapping[int, Events | None]) -> dict[int, Events]:
         """Those of the candidates that have a term, by their blocks; blocks without one are left
-        out.
+        out. None stands for all events of a block.
         """
         return self.among_any(term, (term,), candidates)
 
     def among_any(
-        self, name: object, terms: Collection[int], candidates: Mapping[int, Events]
+        self, name: object, terms: Collection[int], candidates: Mapping[int, Events | None]
     ) -> dict[int, Events]:
         """Those of the candidates that have one of the terms, for all of which `name` stands."""
-        found: dict[int, _Parts] = {}
-        for parts in self._parts(name, terms, candidates):
-            found.update(dict.fromkeys(parts, parts))
-        result: dict[int, Events] = {}
-        for number, events in candidates.items():
-            if (those := found.get(number)) is None:
-                continue
-            posting = those[number]
-            if isinstance(posting, bytes) and isinstance(events, int):
-                posting = those[number] = as_bits(posting, self.block)
-            if both := common(events, posting, self.block):
-                result[number] = both
-        return result
+        return among(candidates, self._parts(name, terms, candidates))
 
-    def _parts(
-        self, name: object, terms: Collection[int], numbers: Collection[int]
-    ) -> list[_Parts]:
+    def without(self, term: int, candidates: dict[int, Events]) -> dict[int, Events]:
+        """Those of the candidates that don't have a term."""
+        return without(candidates, self._parts(term, (term,), candidates))
+
+    def _parts(self, name: object, terms: Collection[int], numbers: Collection[int]) -> _Parts:
         """The postings of these blocks, and maybe of others."""
-        found, missing = [], []
+        found: _Parts = {}
+        missing: list[Stretch] = []
         for stretch in self.stretches(numbers):
             if (parts := self._kept.get((name, stretch))) is None:
                 missing.append(stretch)
             else:
-                found.append(parts)
+                found.update(parts)
                 self._kept.move_to_end((name, stretch))
         for stretch, parts in self._read(terms, missing):
-            found.append(parts)
+            found.update(parts)
             self._kept[name, stretch] = parts
             self._size += self._room(parts)
         while self._size > _ROOM:
@@ -99,7 +91,7 @@ class Shelf:
         self, terms: Collection[int], stretches: Collection[Stretch]
     ) -> Iterator[tuple[Stretch, _Parts]]:
         """The events that have one of the terms."""
-        single: dict[int, list[Posting]] = {one[0]: [] for one in stretches if len(one) == 1}
+        single: dict[int, list[Events]] = {one[0]: [] for one in stretches if len(one) == 1}
         for term in terms if single else ():
             for number, posting in self._postings(single, term):
                 single[number].append(posting)
@@ -116,7 +108,7 @@ class Shelf:
                 },
             )
 
-    def _postings(self, numbers: Collection[int], term: int) -> Iterator[tuple[int, Posting]]:
+    def _postings(self, numbers: Collection[int], term: int) -> Iterator[tuple[int, Events]]:
         found = self._connection.execute(
             "select id, bits from block cross join posting on id = number << 32 | ?"
             " where number between ? and ?",
@@ -126,8 +118,8 @@ class Shelf:
             if where >> 32 in numbers:
                 yield where >> 32, decode(blob, where, self.block)
 
-    def _merged(self, group: int, terms: Collection[int]) -> dict[int, list[Posting]]:
-        parts: defaultdict[int, list[Posting]] = defaultdict(list)
+    def _merged(self, group: int, terms: Collection[int]) -> dict[int, list[Events]]:
+        parts: defaultdict[int, list[Events]] = defaultdict(list)
         for term in terms:
             where = key(group, term)
             found = self._connection.execute("select parts from merged where id = ?", (where,))
@@ -137,10 +129,8 @@ class Shelf:
         return parts
 
     def _room(self, parts: _Parts) -> int:
-        # A bitmap that becomes bits takes as much.
-        bits = _ENTRY + self.block // 8
         return _ENTRY + sum(
-            _ENTRY + len(one) * _PLACE if isinstance(one, tuple) else bits for one in parts.values()
+            _ENTRY + len(one) * (_PLACE if isinstance(one, tuple) else 1) for one in parts.values()
         )
 
 
