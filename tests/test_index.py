@@ -670,15 +670,21 @@ async def test_two_that_rebuild_one_index(path: Path, caplog: pytest.LogCaptureF
     assert not caplog.records
 
 
-async def test_times_at_the_edges_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("allow", [(), ("b?1",)])
+async def test_times_at_the_edges_of_pieces(
+    monkeypatch: pytest.MonkeyPatch, allow: tuple[str, ...]
+) -> None:
+    """Names are looked up in the rows, and nothing that was wrong is made right by a rebuild."""
     monkeypatch.setattr(pieces, "PIECE", 3)
+    monkeypatch.setattr(candidates, "_ROWS", 0)
+    monkeypatch.setattr(Database, "discard", Mock(side_effect=AssertionError))
     log = mixed(4, 200)
     index, end = make(log), log.position()
     for moment in sorted({times.parse(line["time"], "") for line in log.decoded()}):
         for query in (
-            AuditQuery(None, since=moment, limit=1000),
-            AuditQuery(None, until=moment, limit=1000),
-            AuditQuery(None, until=moment, after=-1, limit=1000),
+            AuditQuery(None, since=moment, limit=1000, allow=allow),
+            AuditQuery(None, until=moment, limit=1000, allow=allow),
+            AuditQuery(None, until=moment, after=-1, limit=1000, allow=allow),
         ):
             assert await index.audit(query, end) == scan(log, query, end)
     await index.close()

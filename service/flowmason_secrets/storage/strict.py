@@ -15,7 +15,7 @@ _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 # About how many bytes of lines are looked at together: if one of them is unusual, it was in vain.
 _TOGETHER = 1 << 15
 
-# What every line has that says how long the log is, or what was signed.
+# How actions begin that concern the log itself: they are looked at one by one.
 _OF_THE_LOG = "log."
 
 
