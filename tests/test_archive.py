@@ -258,7 +258,7 @@ async def test_what_is_left_is_listed_proven_and_queried(
         with pytest.raises(EventArchived):
             await service.audit(ACME, AuditQuery("acme", after=0))
         assert await service.audit(ACME, AuditQuery("acme", after=left - 1, limit=1))
-        seq = next(entry["seq"] for entry in await service.audit(ACME, AuditQuery("acme")))
+        seq = next(entry.line["seq"] for entry in await service.audit(ACME, AuditQuery("acme")))
         proof = tlogproof.parse(await service.trail.proof(ACME, seq))
         await service.close()
         tlogproof.verify(log.lines()[seq], proof, [verifier_of(key_of(log.root))])
@@ -292,10 +292,10 @@ async def look(log: Log) -> Look:
             assert (await service.get(ACME, name)).value.reveal() == f"{name} of acme"
         survey = await service.rotation.survey(())
         assert not survey.nameless
-        lines = await service.audit(ACME, EVERYTHING)
+        entries = await service.audit(ACME, EVERYTHING)
         counts = await service.audit_summary(ACME, EVERYTHING, Grouping("action", 86400, 1000))
         since = await service.complete_since()
-        seqs = sorted(line["seq"] for line in lines)
+        seqs = sorted(entry.line["seq"] for entry in entries)
         counted = sum(count.events for count in counts)
         return Look(names, sorted(survey.secrets), seqs, counted, since)
     finally:
@@ -313,8 +313,8 @@ async def test_an_index_is_made_anew_if_what_follows_it_was_archived(
     before = await service.audit(ACME, EVERYTHING)
     await grow(log.root, 730)
     drop_oldest(log.root, 2)
-    assert log.minimum > before[0]["seq"] + 16
-    after = [line["seq"] for line in await service.audit(ACME, EVERYTHING)]
+    assert log.minimum > before[0].line["seq"] + 16
+    after = [entry.line["seq"] for entry in await service.audit(ACME, EVERYTHING)]
     assert after == sorted(set(after), reverse=True)
     assert after[-1] == log.minimum
     assert "the events that follow were archived" in caplog.text
@@ -388,7 +388,9 @@ async def go_on(log: Log, lines: list[bytes], when: str) -> None:
     seen = await service.audit(ACME, EVERYTHING)
     await service.close()
     # An answer is complete from the minimum on, wherever it stopped.
-    assert sorted(line["seq"] for line in seen) == [*range(log.minimum, len(log.lines()))], when
+    assert sorted(entry.line["seq"] for entry in seen) == [*range(log.minimum, len(log.lines()))], (
+        when
+    )
     await archived(log)
     check_whole(log, lines, when)
     assert log.firsts[0] == log.minimum > 0, when

@@ -18,8 +18,8 @@ async def test_audit_of_a_server_goes_on_past_its_pages(data_dir: Path) -> None:
         caller = app.local_caller("acme")
         refused = [service.get(caller, f"none-{number}") for number in range(1100)]
         await asyncio.gather(*refused, return_exceptions=True)
-        lines = await service.audit(caller, AuditQuery("acme", limit=2000))
-        expected = [line["id"] for line in lines]
+        entries = await service.audit(caller, AuditQuery("acme", limit=2000))
+        expected = [entry.line["id"] for entry in entries]
         assert len(expected) == 1100
     finally:
         await service.close()

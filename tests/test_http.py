@@ -874,9 +874,10 @@ async def test_each_request_of_a_connection_is_whose_key_it_carries(service: Ser
             if status == 200:
                 org = value.removeprefix("of ")
                 query = AuditQuery(org, limit=1)
-                (event,) = await service.audit(app.local_caller(org), query)
+                (entry,) = await service.audit(app.local_caller(org), query)
                 agent = headers.get("User-Agent", aiohttp.http.SERVER_SOFTWARE)
-                assert (event["user_agent"], event["details"].get("peer_pid")) == (agent, pid)
+                line = entry.line
+                assert (line["user_agent"], line["details"].get("peer_pid")) == (agent, pid)
     assert len(connections) == 1
     await service.failures.flush()
 

@@ -188,6 +188,11 @@ def scan(log: FakeLog, q: AuditQuery, position: int) -> list[Line]:
     return found[:: 1 if q.after is not None else -1][q.offset : q.offset + q.limit]
 
 
+async def lines(index: Index, query: AuditQuery, position: int) -> list[Line]:
+    """What the index answers."""
+    return [entry.line for entry in await index.audit(query, position)]
+
+
 def scan_secrets(log: FakeLog, q: ListQuery) -> list[Metadata]:
     """What a listing means."""
     found = [
@@ -260,7 +265,7 @@ async def check(log: FakeLog, index: Index) -> None:
         AuditQuery(None, since=NOW + 10, until=NOW + 30, limit=1000),
         AuditQuery("nobody"),
     ):
-        assert await index.audit(query, end) == scan(log, query, end)
+        assert await lines(index, query, end) == scan(log, query, end)
     for org in ORGS:
         for listed in (ListQuery(org, NOW), ListQuery(org, NOW, category="token", limit=2)):
             assert await index.listing(listed, end) == scan_secrets(log, listed)
@@ -331,7 +336,7 @@ def test_an_audit_query_is_a_scan_of_the_lines(
         index = make(log, block=block)
         for query in queries:
             position = data.draw(st.integers(0, log.position()))
-            found = await index.audit(query, position)
+            found = await lines(index, query, position)
             assert found == scan(log, query, position)
         await index.close()
 
@@ -377,7 +382,7 @@ async def test_allow_patterns_are_literal_but_for_star_and_question_mark() -> No
         "%": set(),
         "[a-z]": set(),
     }.items():
-        found = await index.audit(AuditQuery("acme", allow=(pattern,)), log.position())
+        found = await lines(index, AuditQuery("acme", allow=(pattern,)), log.position())
         assert {line["name"] for line in found} == names
         listed = await index.listing(ListQuery("acme", NOW, allow=(pattern,)), log.position())
         assert {metadata.name for metadata in listed} == names
@@ -398,9 +403,9 @@ async def test_a_long_listing_is_read_in_many_turns(monkeypatch: pytest.MonkeyPa
 async def test_only_what_was_asked_for_is_read_from_the_log() -> None:
     log = mixed(1, 300)
     index = make(log)
-    await index.audit(AuditQuery("acme", limit=5), 300)
+    await lines(index, AuditQuery("acme", limit=5), 300)
     log.reads = 0
-    await index.audit(AuditQuery("acme", limit=5), 300)
+    await lines(index, AuditQuery("acme", limit=5), 300)
     assert log.reads == 5
     await index.close()
 
@@ -638,7 +643,7 @@ async def test_a_group_is_merged_at_once_or_step_by_step(
     assert 34 < end // 8 < 48
     index = make(log, steps, block=8)
     for position in range(0, end, 5):
-        await index.audit(AuditQuery(None, limit=1), position)
+        await lines(index, AuditQuery(None, limit=1), position)
     await check(log, index)
     await index.close()
     at_once = tmp_path / "at once"
@@ -663,7 +668,7 @@ async def test_two_that_rebuild_one_index(path: Path, caplog: pytest.LogCaptureF
     # What one has gathered by then, the other seals.
     for position in range(24, log.position(), 24):
         for index in both if position % 48 else reversed(both):
-            assert await index.audit(query, position) == scan(log, query, position)
+            assert await lines(index, query, position) == scan(log, query, position)
     for index in both:
         await check(log, index)
         await index.close()
@@ -686,7 +691,7 @@ async def test_times_at_the_edges_of_pieces(
             AuditQuery(None, until=moment, limit=1000, allow=allow),
             AuditQuery(None, until=moment, after=-1, limit=1000, allow=allow),
         ):
-            assert await index.audit(query, end) == scan(log, query, end)
+            assert await lines(index, query, end) == scan(log, query, end)
     await index.close()
 
 
@@ -703,7 +708,7 @@ async def test_an_index_ahead_of_this_process_is_kept(path: Path) -> None:
     await check(log, ahead)
     inode = path.stat().st_ino
     query = AuditQuery(None, limit=1000)
-    assert await behind.audit(query, 90) == scan(log, query, 90)
+    assert await lines(behind, query, 90) == scan(log, query, 90)
     assert path.stat().st_ino == inode
     await ahead.close()
     await behind.close()
@@ -714,8 +719,8 @@ async def test_a_segment_was_archived(opened: tuple[FakeLog, SqliteIndex, Path])
     await check(log, index)
     log.archived = 140
     everything = AuditQuery(None, limit=1000)
-    assert await index.audit(everything, 300) == scan(log, everything, 300)
-    assert await index.audit(everything._replace(success=False), 300) == scan(
+    assert await lines(index, everything, 300) == scan(log, everything, 300)
+    assert await lines(index, everything._replace(success=False), 300) == scan(
         log, everything._replace(success=False), 300
     )
 
@@ -724,20 +729,20 @@ async def test_a_log_without_the_events_it_should_have() -> None:
     log = mixed(1, 20)
     index = make(log)
     with pytest.raises(LogDamaged, match="ends before"):
-        await index.audit(AuditQuery(None), 21)
+        await lines(index, AuditQuery(None), 21)
     log.lines[10] = log.lines[11]
     other = make(log)
     with pytest.raises(LogDamaged, match="Line 10"):
-        await other.audit(AuditQuery(None), 20)
+        await lines(other, AuditQuery(None), 20)
     log.lines[10] = b"{}"
     with pytest.raises(LogDamaged, match="event 9"):
-        await other.audit(AuditQuery(None), 20)
+        await lines(other, AuditQuery(None), 20)
     # As many lines as events, and each event is whole.
     moved = mixed(1, 20)
     moved.lines[10], moved.lines[11] = moved.lines[10] + moved.lines[11], b""
     third = make(moved)
     with pytest.raises(LogDamaged, match="event 9"):
-        await third.audit(AuditQuery(None), 20)
+        await lines(third, AuditQuery(None), 20)
     for one in (index, other, third):
         await one.close()
 
@@ -883,7 +888,7 @@ async def indexed(path: Path, log: FakeLog) -> None:
 async def test_it_says_how_far_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = mixed(1, 1000)
     index, seen = make(log, path, 8), []
-    query = asyncio.create_task(index.audit(AuditQuery(None, limit=1), log.position()))
+    query = asyncio.create_task(lines(index, AuditQuery(None, limit=1), log.position()))
     while not query.done():
         seen.append(index.building)
         await asyncio.sleep(0)
@@ -916,7 +921,7 @@ async def test_a_lock_that_is_never_free(
     """It is an error unless its holder does the work."""
     log = mixed(1, 100)
     index = make(log, path)
-    await index.audit(AuditQuery(None), 10)
+    await lines(index, AuditQuery(None), 10)
     extend = events.extend
 
     def locked(*arguments: Any) -> bool:
@@ -935,10 +940,10 @@ async def test_a_lock_that_is_never_free(
     monkeypatch.setattr(events, "extend", locked)
     query = AuditQuery(None, limit=1000)
     if gets_on:
-        assert await index.audit(query, 100) == scan(log, query, 100)
+        assert await lines(index, query, 100) == scan(log, query, 100)
     else:
         with pytest.raises(IndexUnavailable, match="locked"):
-            await index.audit(query, 100)
+            await lines(index, query, 100)
     await index.close()
 
 
@@ -992,7 +997,7 @@ async def test_a_closed_index_answers_nothing(path: Path) -> None:
     index = make(FakeLog(), path)
     await index.close()
     with pytest.raises(RuntimeError):
-        await index.audit(AuditQuery(None), 0)
+        await lines(index, AuditQuery(None), 0)
     assert not path.exists()
 
 

@@ -466,7 +466,7 @@ async def check_names(store: LegacyStore, names: list[str]) -> None:
                 await service.get(caller, name)
         assert await list_all(service, caller) == []
         query = AuditQuery(store.org, action="secret.delete", success=True, limit=len(names) + 1)
-        deleted = [line["name"] for line in await service.audit(caller, query)]
+        deleted = [entry.line["name"] for entry in await service.audit(caller, query)]
         assert deleted == [name[:256] for name in reversed(values)]
     folder = store.data_dir / org_hash(store.org)
     assert [path.name for path in folder.iterdir() if path.is_file()] == []

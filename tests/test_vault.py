@@ -110,9 +110,10 @@ async def events(
     service: Service, caller: Caller = ORG
 ) -> list[tuple[str, str | None, str, int | None]]:
     """What is in the log: action, name, outcome and status, the oldest first."""
-    lines = await service.audit(caller, AuditQuery("acme"))
+    entries = await service.audit(caller, AuditQuery("acme"))
     return [
-        (line["action"], line["name"], line["outcome"], line["status"]) for line in reversed(lines)
+        (line["action"], line["name"], line["outcome"], line["status"])
+        for line in (entry.line for entry in reversed(entries))
     ]
 
 

@@ -83,7 +83,7 @@ class Following:
             # Not the newest of all: how many events others have is not told.
             newest = query._replace(limit=1, allow=caller.principal.allow)
             found = await self._index.audit(newest, position)
-            return query._replace(after=found[0]["seq"] if found else max(0, minimum - 1))
+            return query._replace(after=found[0].line["seq"] if found else max(0, minimum - 1))
         if query.after < minimum - 1:
             raise EventArchived(minimum)
         if query.after >= position:
@@ -100,7 +100,7 @@ class Following:
         """
         position = await self._permit(caller)
         query = query._replace(after=-1, allow=caller.principal.allow)
-        while page := await self._index.entries(query, position):
+        while page := await self._index.audit(query, position):
             yield page
             if len(page) < query.limit:
                 return
@@ -119,7 +119,7 @@ class Following:
         query = query._replace(allow=caller.principal.allow)
         while True:
             position = await self._permit(caller)
-            page = await self._index.entries(query, position)
+            page = await self._index.audit(query, position)
             yield page
             if len(page) == query.limit:
                 query = query._replace(after=page[-1].line["seq"])

@@ -69,15 +69,16 @@ class OfflineReads:
         newest = await self._index.audit(wanted, position)
         if not newest:
             return 0
-        seq, details = newest[0]["seq"], newest[0]["details"]
+        seq, details = newest[0].line["seq"], newest[0].line["details"]
         first, count = details.get("first"), details.get("reads")
         assert isinstance(first, int) and isinstance(count, int)  # noqa: S101, PT018 - ours
         behind = AuditQuery(org_id, action=_READ, after=seq, limit=count)
         numbers = [first - 1]
         # A crash may have left only some of them, and something else behind.
-        for line in await self._index.audit(behind, position):
-            number = line["details"].get("number")
-            if line["details"].get("queue") == queue and isinstance(number, int):
+        for entry in await self._index.audit(behind, position):
+            details = entry.line["details"]
+            number = details.get("number")
+            if details.get("queue") == queue and isinstance(number, int):
                 numbers.append(number)
         return max(numbers)
 

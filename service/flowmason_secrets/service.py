@@ -9,7 +9,7 @@ from .core import access, errors, names, times
 from .core.access import ANY, FULL, READ, Caller
 from .core.drafts import Draft, Precondition, Revealed, Written
 from .core.errors import SecretsError
-from .core.events import Event, Line, Receipt
+from .core.events import Entry, Event, Receipt
 from .core.intents import Intent
 from .core.keyring import KeyUsage
 from .core.ports import AuditQuery, Backend, Building, Count, Grouping, ListQuery, Sources
@@ -194,7 +194,7 @@ class Service:
             left -= len(found)
             query = query._replace(after=found[-1].name)
 
-    async def audit(self, caller: Caller, query: AuditQuery) -> list[Line]:
+    async def audit(self, caller: Caller, query: AuditQuery) -> list[Entry]:
         """Matching events of the caller's organisation, newest first; all that had happened before
         this was called are taken into account.
 

@@ -122,9 +122,9 @@ class SpaceWatch:
         """Whether the log says that there is little room."""
         await self._gate.is_current(Intent(None, ()))
         newest = [
-            (line["seq"], action == _LOW)
+            (entry.line["seq"], action == _LOW)
             for action in (_LOW, _OK)
-            for line in await self._index.audit(
+            for entry in await self._index.audit(
                 AuditQuery(None, action=action, limit=1), self._store.position
             )
         ]

@@ -92,7 +92,7 @@ class Trail:
         who = caller.principal
         query = AuditQuery(who.org_id, before=seq + 1, limit=1, allow=who.allow)
         found = await self._index.audit(query, position)
-        if not found or found[0]["seq"] != seq:
+        if not found or found[0].line["seq"] != seq:
             raise EventNotFound(seq)
         for _ in range(round(_PATIENCE / _LOOK_EVERY)):
             proof = await self._run(partial(self._tree.prove, seq, cosigned=cosigned))

@@ -37,7 +37,7 @@ async def reads(data_dir: Path, at_least: int = 0) -> list[str]:
         while True:
             found = await service.audit(app.local_caller("acme"), query)
             if len(found) >= at_least:
-                return [str(event["name"]) for event in reversed(found)]
+                return [str(entry.line["name"]) for entry in reversed(found)]
             await asyncio.sleep(0.05)
     finally:
         await service.close()

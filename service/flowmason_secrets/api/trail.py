@@ -5,15 +5,14 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, get_args
 
-import msgspec
 from aiohttp.web_response import StreamResponse
 
 from ..core import times
 from ..core.errors import InvalidInput, SecretsError
-from ..core.events import Entry, Line
+from ..core.events import Entry
 from ..core.ports import AuditQuery, Group, Grouping
 from ..service import Service
-from . import paging, requests, shapes
+from . import entries, paging, requests, shapes
 from .answers import Answer, json_answer
 from .flow import Flow, check_there
 from .formats import FORMATS, rendered
@@ -60,17 +59,17 @@ async def get_audit_log(service: Service, call: Call) -> Answer:
     if wanted.after is None:
         if "wait" in query:
             raise InvalidInput("wait", "goes with after")
-        lines = await service.audit(call.caller, wanted)
+        found = await service.audit(call.caller, wanted)
     elif "cursor" in query or "offset" in query:
         raise InvalidInput("after", "goes with neither cursor nor offset")
     else:
-        lines = await _newer(service, call, wanted, wait)
+        found = await _newer(service, call, wanted, wait)
     headers = await _complete_since(service)
-    if len(lines) > limit:
-        last = lines[limit - 1]["seq"]
+    if len(found) > limit:
+        last = found[limit - 1].line["seq"]
         link = paging.link if wanted.after is None else paging.link_after
         headers |= link(call, str(last))
-    return json_answer([shapes.audit_out(line) for line in lines[:limit]], headers=headers)
+    return json_answer(entries.encode_all(found[:limit]), headers=headers)
 
 
 async def summarise_audit_log(service: Service, call: Call) -> Answer:
@@ -156,7 +155,7 @@ async def _complete_since(service: Service) -> dict[str, str]:
     return {} if since is None else {COMPLETE_SINCE: since}
 
 
-async def _newer(service: Service, call: Call, wanted: AuditQuery, wait: int) -> list[Line]:
+async def _newer(service: Service, call: Call, wanted: AuditQuery, wait: int) -> list[Entry]:
     """The next page; if it is empty, the first one that is not, for at most `wait` seconds."""
     following = service.following
     loop = asyncio.get_running_loop()
@@ -165,7 +164,7 @@ async def _newer(service: Service, call: Call, wanted: AuditQuery, wait: int) ->
         begun = await following.begin(call.caller, wanted)
         async for page in following.follow(call.caller, begun):
             if page or loop.time() >= until:
-                return [entry.line for entry in page]
+                return page
             check_there(call.raw)
     return []
 
@@ -179,7 +178,7 @@ async def _messages(pages: AsyncIterator[list[Entry]], after: int) -> AsyncItera
     # Whoever may not read on, or can't now, is told so when he connects anew.
     with contextlib.suppress(SecretsError):
         async for page in pages:
-            piece = b"".join([_message(entry.line) for entry in page])
+            piece = b"".join([_message(entry) for entry in page])
             if not piece and loop.time() - spoken >= HEARTBEAT:
                 piece = b": alive\n\n"
             if piece:
@@ -187,8 +186,8 @@ async def _messages(pages: AsyncIterator[list[Entry]], after: int) -> AsyncItera
             yield piece
 
 
-def _message(line: Line) -> bytes:
-    data = msgspec.json.encode(shapes.audit_out(line))
+def _message(entry: Entry) -> bytes:
+    line, data = entry.line, entries.encode(entry)
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (line["seq"], line["action"].encode(), data)
 
 

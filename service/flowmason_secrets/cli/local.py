@@ -84,15 +84,15 @@ class LocalTarget:
 
     async def audit(self, query: AuditQuery) -> list[shapes.AuditEntry]:
         query = query._replace(org_id=self._org_id)
-        lines = await self._service.audit(self._caller, query)
+        found = await self._service.audit(self._caller, query)
         self.complete_since = await self._service.complete_since()
         if self._org_id is not None:
-            return [shapes.audit_out(line) for line in lines]
+            return [shapes.audit_out(entry.line) for entry in found]
         return [
             OrganisationEntry(
-                **msgspec.structs.asdict(shapes.audit_out(line)), org_id=line["org_id"]
+                **msgspec.structs.asdict(shapes.audit_out(entry.line)), org_id=entry.line["org_id"]
             )
-            for line in lines
+            for entry in found
         ]
 
     async def export(self, form: str, query: AuditQuery) -> AsyncIterator[bytes]:

@@ -106,7 +106,10 @@ static const char *details(const char *at)
     return at != NULL && *at == '}' ? at + 1 : NULL;
 }
 
-enum { ID, SEQ, WHEN, ACTION, OUTCOME, ORG, TYPE, RESOURCE, NAME, VERSION, ACTOR, FIELDS = 17 };
+enum {
+    ID, SEQ, WHEN, ACTION, OUTCOME, ORG, TYPE, RESOURCE, NAME, VERSION, ACTOR, ACTOR_TYPE,
+    CLIENT_IP, USER_AGENT, REQUEST_ID, STATUS, DETAILS, FIELDS,
+};
 
 static const struct {
     const char *key;
@@ -138,8 +141,8 @@ typedef struct {
     } values[FIELDS];
 } Line;
 
-/* The line with this seq; no such number is longer than LONGEST allows. */
-static const char *read_line(const char *at, long long seq, Line *line)
+/* A line up to its newline. */
+static const char *read_fields(const char *at, Line *line)
 {
     const char *begin = at;
     for (int i = 0; i < FIELDS; i++) {
@@ -150,8 +153,19 @@ static const char *read_line(const char *at, long long seq, Line *line)
             return NULL;
         line->values[i].end = at;
     }
-    at = text(at, "}\n");
-    if (at == NULL || at - begin > LONGEST || strtoll(line->values[SEQ].begin, NULL, 10) != seq)
-        return NULL;
-    return at;
+    at = text(at, "}");
+    return at != NULL && at - begin < LONGEST ? at : NULL;
+}
+
+/* No such number is longer than DIGITS allows. */
+static long long seq_of(const Line *line)
+{
+    return strtoll(line->values[SEQ].begin, NULL, 10);
+}
+
+/* A line that others follow, with this seq: up to the next one. */
+static inline const char *next_line(const char *at, long long seq, Line *line)
+{
+    at = read_fields(at, line);
+    return at != NULL && *at == '\n' && seq_of(line) == seq ? at + 1 : NULL;
 }

@@ -113,7 +113,7 @@ static PyObject *take_lines(PyObject *module, PyObject *arguments)
     const char *at = data + place, *end;
     unsigned char *to = (unsigned char *)PyBytes_AS_STRING(hashes);
     Line line;
-    while (count < most && (end = read_line(at, seq, &line)) != NULL) {
+    while (count < most && (end = next_line(at, seq, &line)) != NULL) {
         const char *time = line.values[WHEN].begin + 1;
         /* What concerns the log itself is left to the caller. */
         if (memcmp(last, time, TIME) > 0 || text(line.values[ACTION].begin, "\"log."))

@@ -1,7 +1,10 @@
 """Events: what is recorded of every access, refusal and change. FORMAT.md §5."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
+
+import orjson
 
 from .access import Caller
 from .records import Ref
@@ -77,11 +80,19 @@ class Line(TypedDict):
     details: dict[str, Detail]
 
 
-class Entry(NamedTuple):
-    """An event of the log: the bytes of its line, without the newline, and what they say."""
+class Entry:
+    """An event of the log: the bytes of its line, without the newline, and what they say. They are
+    known to be that event's, and decoded when somebody asks for it: not everybody does.
+    """
 
-    raw: bytes
-    line: Line
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+
+    @cached_property
+    def line(self) -> Line:
+        """What the line says."""
+        line: Line = orjson.loads(self.raw)
+        return line
 
 
 class Receipt(NamedTuple):

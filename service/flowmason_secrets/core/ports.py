@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from .errors import SecretsError
-from .events import Entry, Line, Receipt
+from .events import Entry, Receipt
 from .intents import Intent
 from .minimum import Minimum
 from .note import Signature, Verifier
@@ -231,16 +231,13 @@ class Tail(Protocol):
 class Index(Protocol):
     """The projections: views derived from events and metadata, never the truth."""
 
-    async def audit(self, query: AuditQuery, position: int) -> list[Line]:
+    async def audit(self, query: AuditQuery, position: int) -> list[Entry]:
         """Matching events among the first `position` ones, newest first unless `query.after` says
         otherwise.
 
         Raises:
             EventArchived: events after `query.after` were archived, unless that is -1.
         """
-
-    async def entries(self, query: AuditQuery, position: int) -> list[Entry]:
-        """Like `audit`, together with the bytes in the log."""
 
     async def summary(self, query: AuditQuery, grouping: Grouping, position: int) -> list[Count]:
         """How many of the first `position` events match, by their time and a field, in the order of

@@ -121,7 +121,7 @@ static PyObject *read_columns(PyObject *module, PyObject *arguments)
         memory->kept = kept;
     const char *data = PyBytes_AS_STRING(bytes), *at = data + place, *end;
     Line line;
-    for (; done && (end = read_line(at, seq, &line)) != NULL; at = end, seq++) {
+    for (; done && (end = next_line(at, seq, &line)) != NULL; at = end, seq++) {
         if ((when = microseconds(line.values[WHEN].begin + 1)) < 0)
             break;
         done = append(columns[0], PyLong_FromSsize_t(at - data))
@@ -262,6 +262,77 @@ static PyObject *without(PyObject *module, PyObject *arguments)
     return of_blocks(arguments, 0);
 }
 
+enum { WANTED = 7 };
+
+typedef struct {
+    const char *value;
+    Py_ssize_t size;
+} Token;
+
+/* Whether a line is an event as wanted; another outcome than `wanted[4]`. */
+static int is_wanted(const Line *line, const Token *wanted)
+{
+    static const int asked[WANTED] = {ORG, TYPE, ACTION, OUTCOME, OUTCOME, NAME, ACTOR};
+    for (int i = 0; i < WANTED; i++) {
+        if (wanted[i].value == NULL)
+            continue;
+        const char *value = line->values[asked[i]].begin;
+        Py_ssize_t size = line->values[asked[i]].end - value;
+        int same = size == wanted[i].size && memcmp(value, wanted[i].value, (size_t)size) == 0;
+        if (same != (i != 4))
+            return 0;
+    }
+    return 1;
+}
+
+/* Whether a line is the event with this seq, as wanted; adds its name. -1 if that fails. */
+static int is_like(PyObject *bytes, PyObject *number, const Token *wanted, PyObject *names)
+{
+    Line line;
+    long long seq = PyLong_AsLongLong(number);
+    if (seq == -1 && PyErr_Occurred())
+        return -1;
+    if (!PyBytes_Check(bytes)) {
+        PyErr_SetString(PyExc_TypeError, "a line is bytes");
+        return -1;
+    }
+    const char *data = PyBytes_AS_STRING(bytes), *end = read_fields(data, &line);
+    if (end != data + PyBytes_GET_SIZE(bytes) || seq_of(&line) != seq || !is_wanted(&line, wanted))
+        return 0;
+    const char *name = line.values[NAME].begin;
+    PyObject *token = PyBytes_FromStringAndSize(name, line.values[NAME].end - name);
+    int failed = token == NULL || PySet_Add(names, token) < 0;
+    Py_XDECREF(token);
+    return failed ? -1 : 1;
+}
+
+static PyObject *unlike(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *lines, *seqs;
+    Token w[WANTED];
+    if (!PyArg_ParseTuple(arguments, "O!O!(z#z#z#z#z#z#z#)", &PyList_Type, &lines, &PyList_Type,
+            &seqs, &w[0].value, &w[0].size, &w[1].value, &w[1].size, &w[2].value, &w[2].size,
+            &w[3].value, &w[3].size, &w[4].value, &w[4].size, &w[5].value, &w[5].size, &w[6].value,
+            &w[6].size))
+        return NULL;
+    if (PyList_GET_SIZE(lines) != PyList_GET_SIZE(seqs)) {
+        PyErr_SetString(PyExc_ValueError, "not as many seqs as lines");
+        return NULL;
+    }
+    PyObject *places = PyList_New(0), *names = PySet_New(NULL);
+    int done = places != NULL && names != NULL;
+    for (Py_ssize_t i = 0; done && i < PyList_GET_SIZE(lines); i++) {
+        int like = is_like(PyList_GET_ITEM(lines, i), PyList_GET_ITEM(seqs, i), w, names);
+        done = like >= 0 && (like || append(places, PyLong_FromSsize_t(i)));
+    }
+    if (done)
+        return Py_BuildValue("NN", places, names);
+    Py_XDECREF(places);
+    Py_XDECREF(names);
+    return NULL;
+}
+
 static PyMethodDef methods[] = {
     {"among", among, METH_VARARGS, "See plain.among."},
     {"without", without, METH_VARARGS, "See plain.without."},
@@ -273,6 +344,10 @@ static PyMethodDef methods[] = {
     {"postings", postings, METH_VARARGS,
         "The postings of a column, by their terms. The places of its events in the block ascend; "
         "up to so few of them are encoded as places, and more as a bitmap."},
+    {"unlike", unlike, METH_VARARGS,
+        "Which of some lines are not known to be the events with these seqs, or not known to be as "
+        "wanted, by their places in the list; and the names that all others have, in JSON. It may "
+        "leave any line to the caller."},
     {NULL, NULL, 0, NULL},
 };
 

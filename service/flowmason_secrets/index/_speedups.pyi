@@ -1,6 +1,6 @@
 from collections.abc import Mapping, Sequence
 
-from .plain import Events
+from .plain import Events, Wanted
 from .terms import Mappings
 
 def read_columns(
@@ -13,3 +13,6 @@ def among(
     blocks: Mapping[int, Events | None], postings: dict[int, Events], /
 ) -> dict[int, Events]: ...
 def without(blocks: dict[int, Events], postings: dict[int, Events], /) -> dict[int, Events]: ...
+def unlike(
+    lines: Sequence[bytes], seqs: Sequence[int], wanted: Wanted, /
+) -> tuple[list[int], set[bytes]]: ...

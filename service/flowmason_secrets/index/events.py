@@ -4,10 +4,8 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import orjson
-
 from ..core.errors import LogDamaged
-from ..core.events import Entry, Line
+from ..core.events import Entry
 from ..core.ports import Chunk, Tail
 from .columns import Columns
 from .database import Damaged, insert, writing
@@ -64,33 +62,35 @@ def verify(connection: sqlite3.Connection, tail: Tail) -> None:
     if known.position and known.position <= tail.minimum().minimum:
         raise Damaged("the events that follow were archived")
     if known.position:
-        (last,) = fetch(tail, [(known.position - 1, known.segment, known.offset)])
+        (raw,) = fetch(tail, [(known.segment, known.offset)])
+        last = Entry(raw)
+        check(last, known.position - 1)
         if last.line["id"] != known.event:
             raise Damaged("it belongs to another log")
 
 
-def fetch(tail: Tail, found: Sequence[tuple[int, int, int]]) -> list[Entry]:
-    """The events with these seqs, each from its segment and offset.
+def fetch(tail: Tail, places: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The lines at these places, each a segment and an offset.
 
     Raises:
-        Damaged: the log has no such event there; its segment may have been archived.
+        Damaged: the log has none there; its segment may have been archived.
     """
-    places = [(segment, offset) for _, segment, offset in found]
     try:
         if any(segment < 0 or offset < 0 for segment, offset in places):
             raise ValueError("a negative place")
-        lines = tail.lines_at(places)
+        return tail.lines_at(places)
     # OverflowError: a place that no file can have.
     except (FileNotFoundError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise Damaged(f"events are not where they should be: {type(error).__name__}") from error
-    return [_entry(raw, seq) for raw, (seq, _, _) in zip(lines, found, strict=True)]
 
 
-def _entry(raw: bytes, seq: int) -> Entry:
+def check(entry: Entry, seq: int) -> None:
+    """Raises:
+    Damaged: it is not the event with this seq.
+    """
     try:
-        line: Line = orjson.loads(raw)
-        if line["seq"] == seq:
-            return Entry(raw, line)
+        if entry.line["seq"] == seq:
+            return
     except (LookupError, TypeError, ValueError) as error:
         raise Damaged(f"event {seq} is not where it should be: {type(error).__name__}") from error
     raise Damaged(f"event {seq} is not where it should be")

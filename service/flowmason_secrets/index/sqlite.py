@@ -16,7 +16,7 @@ from typing import TypeVar
 import aiofiles.os
 
 from ..core.errors import IndexUnavailable, InvalidInput
-from ..core.events import Entry, Line
+from ..core.events import Entry
 from ..core.minimum import Minimum
 from ..core.names import org_hash
 from ..core.ports import AuditQuery, Building, Count, Grouping, ListQuery, Tail
@@ -94,7 +94,7 @@ class SqliteIndex:
         self._follower: asyncio.Task[None] | None = None
         self._closing = False
 
-    async def audit(self, query: AuditQuery, position: int) -> list[Line]:
+    async def audit(self, query: AuditQuery, position: int) -> list[Entry]:
         """Matching events among the first `position` ones, newest first unless `query.after` says
         otherwise.
 
@@ -103,10 +103,6 @@ class SqliteIndex:
             LogDamaged: the log does not hold `position` events.
             IndexUnavailable: the database can't be written.
         """
-        return [entry.line for entry in await self.entries(query, position)]
-
-    async def entries(self, query: AuditQuery, position: int) -> list[Entry]:
-        """Like `audit`, together with the bytes in the log."""
 
         def search(opened: Open) -> list[Entry]:
             self._catch_up(opened, position)
