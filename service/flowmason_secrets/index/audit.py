@@ -81,7 +81,7 @@ def _search(opened: Open, tail: Tail, query: AuditQuery, bounds: tuple[int, int]
     page = Page(query.offset, query.limit, query.after is not None)
     if wanted is None or page.full:
         return []
-    _fill(page, Source(opened, wanted), wanted, known.sealed)
+    _fill(page, Source(opened, wanted, known.sealed), wanted, known.sealed)
     # In the order in which they are stored: reading ahead goes only that way.
     places = _places(opened.connection, sorted(page.seqs))
     return _checked(fetch(tail, [places[seq] for seq in page.seqs]), page.seqs, query)

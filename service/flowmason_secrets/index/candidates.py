@@ -1,7 +1,7 @@
 """Where the events of a query are: rows for the newest ones, postings for all others."""
 
-from collections.abc import Collection, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 from . import pieces
@@ -9,15 +9,11 @@ from .database import Damaged
 from .pieces import Span, unpack
 from .plain import Events
 from .plan import Plan
-from .postings import between, count, in_order, piece, unchecked
-from .shelf import Open
+from .postings import GROUP, between, count, in_order, piece, unchecked
+from .shelf import Open, Stretch
 
 # Of fewer candidates in a piece that postings don't settle, each has its row looked up.
 _FEW = 32
-
-# How many blocks have their postings read together: the first page of most queries is in the newest
-# one, and many blocks at once cost less than one after the other.
-_RUN = 64
 
 _SECOND = 1_000_000
 
@@ -58,11 +54,13 @@ class Candidates(NamedTuple):
 
 
 class Source:
-    """The events of a plan."""
+    """The events of a plan, where the first `sealed` events have postings."""
 
-    def __init__(self, opened: Open, plan: Plan) -> None:
+    def __init__(self, opened: Open, plan: Plan, sealed: int) -> None:
         self._connection, self._shelf = opened.connection, opened.shelf
         self._block = self._shelf.block
+        # How many groups of blocks have merged postings.
+        self._merged = sealed // self._block // GROUP
         self._plan = plan
         self._parameters = plan._asdict() | {"names": None, "named": plan.names is not None}
         self._order = "" if plan.ascending else " desc"
@@ -100,23 +98,30 @@ class Source:
 
     def blocks(self, high: int) -> Iterator[Candidates]:
         """All blocks with candidates below `high`, in the plan's order."""
-        plan, length = self._plan, 1
+        plan = self._plan
         numbers = plan.low // self._block, (high - 1) // self._block
-        found = self._connection.execute(
+        blocks = self._connection.execute(
             _BLOCKS + self._order,
             (*numbers, plan.since, plan.until),
         )
-        while run := list(islice(found, length)):
-            candidates = self._candidates([number for number, _, _ in run])
-            candidates, named = self._named(candidates)
-            for number, first, last in run:
-                base, events = number * self._block, candidates.get(number, ())
+        for stretch, some in groupby(blocks, lambda row: self._stretch(row[0])):
+            times = {number: (first, last) for number, first, last in some}
+            found, named = self._named(stretch, self._candidates(stretch, times))
+            for number, events in found.items():
+                base = number * self._block
                 if base < plan.low or base + self._block > high:
                     events = between(events, max(plan.low - base, 0), min(high - base, self._block))
                 if events:
+                    first, last = times[number]
                     timely = plan.since <= first and last < plan.until
-                    yield Candidates(base, events, timely, plan.names is None or number in named)
-            length = min(2 * length, _RUN)
+                    yield Candidates(base, events, timely, named)
+
+    def _stretch(self, number: int) -> Stretch:
+        """Where the postings of this block are."""
+        group = number // GROUP
+        if group < self._merged:
+            return range(group * GROUP, (group + 1) * GROUP)
+        return range(number, number + 1)
 
     def matching(self, candidates: Candidates) -> Iterator[int]:
         """The matching events among candidates, in the plan's order. If they are many, or their
@@ -169,29 +174,28 @@ class Source:
     def _span(self, low: int, high: int) -> dict[str, int]:
         return {"from": max(low, self._plan.low), "to": min(high, self._plan.high)}
 
-    def _candidates(self, numbers: Collection[int]) -> dict[int, Events]:
-        """The events that have all terms, by their blocks."""
+    def _candidates(self, stretch: Stretch, blocks: Iterable[int]) -> dict[int, Events]:
+        """The events of these blocks there that have all terms, by their blocks, in their order."""
         first, *others = self._plan.terms
-        found = self._shelf.among(first, dict.fromkeys(numbers))
+        found = self._shelf.among(first, stretch, dict.fromkeys(blocks))
         for term in others:
-            found = self._shelf.among(term, found)
-        if self._plan.but is not None:
-            found = self._shelf.without(self._plan.but, found)
+            if not found:
+                break
+            found = self._shelf.among(term, stretch, found)
+        if found and self._plan.but is not None:
+            found = self._shelf.without(self._plan.but, stretch, found)
         return found
 
-    def _named(self, found: dict[int, Events]) -> tuple[dict[int, Events], Collection[int]]:
-        """Those that have one of the names, of the blocks where that is less to read than the
-        events; and which blocks these are.
+    def _named(self, stretch: Stretch, found: dict[int, Events]) -> tuple[dict[int, Events], bool]:
+        """Those that have one of the names, if that is less to read than the events; and whether
+        they do.
         """
         plan, names = self._plan, self._plan.names
-        if names is None:
-            return found, ()
-        name, many = (plan.org, plan.named), dict[int, Events]()
-        for stretch in self._shelf.stretches(found):
-            some = {number: found[number] for number in stretch if number in found}
-            if self._shelf.keeps(name, stretch) or (
-                len(names) * len(stretch) <= _ROWS * sum(map(count, some.values()))
-            ):
-                many |= some
-        rest = {number: events for number, events in found.items() if number not in many}
-        return rest | self._shelf.among_any(name, names, many), many.keys()
+        if names is None or not found:
+            return found, True
+        name = plan.org, plan.named
+        if self._shelf.keeps(name, stretch) or (
+            len(names) * len(stretch) <= _ROWS * sum(map(count, found.values()))
+        ):
+            return self._shelf.among_any(name, names, stretch, found), True
+        return found, False

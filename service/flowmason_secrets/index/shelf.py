@@ -1,8 +1,8 @@
 """Postings as they are read: those that were used last are kept decoded, for they never change."""
 
 import sqlite3
-from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from .gathering import Gathered
@@ -37,96 +37,65 @@ class Shelf:
         self._kept.clear()
         self._size = 0
 
-    def stretches(self, numbers: Collection[int]) -> Iterator[Stretch]:
-        """Where these blocks have their postings."""
-        (merged,) = self._connection.execute(
-            "select sealed / block / ? from state", (GROUP,)
-        ).fetchone()
-        for group in {number // GROUP for number in numbers}:
-            whole = range(group * GROUP, (group + 1) * GROUP)
-            if group < merged:
-                yield whole
-            else:
-                yield from (range(one, one + 1) for one in whole if one in numbers)
+    def among(
+        self, term: int, stretch: Stretch, candidates: Mapping[int, Events | None]
+    ) -> dict[int, Events]:
+        """Those of the candidates that have a term, by their blocks, all of which are in the
+        stretch; blocks without one are left out. None stands for all events of a block.
+        """
+        return self.among_any(term, (term,), stretch, candidates)
+
+    def among_any(
+        self,
+        name: object,
+        terms: Collection[int],
+        stretch: Stretch,
+        candidates: Mapping[int, Events | None],
+    ) -> dict[int, Events]:
+        """Those of the candidates that have one of the terms, for all of which `name` stands."""
+        return among(candidates, self._parts(name, terms, stretch))
+
+    def without(
+        self, term: int, stretch: Stretch, candidates: dict[int, Events]
+    ) -> dict[int, Events]:
+        """Those of the candidates that don't have a term."""
+        return without(candidates, self._parts(term, (term,), stretch))
 
     def keeps(self, name: object, stretch: Stretch) -> bool:
         """Whether the postings there of what has this name need not be read."""
         return (name, stretch) in self._kept
 
-    def among(self, term: int, candidates: Mapping[int, Events | None]) -> dict[int, Events]:
-        """Those of the candidates that have a term, by their blocks; blocks without one are left
-        out. None stands for all events of a block.
-        """
-        return self.among_any(term, (term,), candidates)
-
-    def among_any(
-        self, name: object, terms: Collection[int], candidates: Mapping[int, Events | None]
-    ) -> dict[int, Events]:
-        """Those of the candidates that have one of the terms, for all of which `name` stands."""
-        return among(candidates, self._parts(name, terms, candidates))
-
-    def without(self, term: int, candidates: dict[int, Events]) -> dict[int, Events]:
-        """Those of the candidates that don't have a term."""
-        return without(candidates, self._parts(term, (term,), candidates))
-
-    def _parts(self, name: object, terms: Collection[int], numbers: Collection[int]) -> _Parts:
-        """The postings of these blocks, and maybe of others."""
-        found: _Parts = {}
-        missing: list[Stretch] = []
-        for stretch in self.stretches(numbers):
-            if (parts := self._kept.get((name, stretch))) is None:
-                missing.append(stretch)
-            else:
-                found.update(parts)
-                self._kept.move_to_end((name, stretch))
-        for stretch, parts in self._read(terms, missing):
-            found.update(parts)
-            self._kept[name, stretch] = parts
-            self._size += self._room(parts)
+    def _parts(self, name: object, terms: Collection[int], stretch: Stretch) -> _Parts:
+        place = name, stretch
+        if (parts := self._kept.get(place)) is not None:
+            self._kept.move_to_end(place)
+            return parts
+        read = self._single if len(stretch) == 1 else self._merged
+        parts = self._kept[place] = {
+            number: some[0] if len(some) == 1 else union(some, self.block)
+            for number, some in read(stretch[0], terms).items()
+        }
+        self._size += self._room(parts)
         while self._size > _ROOM:
             self._size -= self._room(self._kept.popitem(last=False)[1])
+        return parts
+
+    def _single(self, number: int, terms: Collection[int]) -> dict[int, list[Events]]:
+        found: dict[int, list[Events]] = {}
+        for where in (key(number, term) for term in terms):
+            stored = self._connection.execute("select bits from posting where id = ?", (where,))
+            for (blob,) in stored:
+                found.setdefault(number, []).append(decode(blob, where, self.block))
         return found
 
-    def _read(
-        self, terms: Collection[int], stretches: Collection[Stretch]
-    ) -> Iterator[tuple[Stretch, _Parts]]:
-        """The events that have one of the terms."""
-        single: dict[int, list[Events]] = {one[0]: [] for one in stretches if len(one) == 1}
-        for term in terms if single else ():
-            for number, posting in self._postings(single, term):
-                single[number].append(posting)
-        for stretch in stretches:
-            if len(stretch) == 1:
-                parts = {one: single[one] for one in stretch if single[one]}
-            else:
-                parts = self._merged(stretch[0] // GROUP, terms)
-            yield (
-                stretch,
-                {
-                    number: some[0] if len(some) == 1 else union(some, self.block)
-                    for number, some in parts.items()
-                },
-            )
-
-    def _postings(self, numbers: Collection[int], term: int) -> Iterator[tuple[int, Events]]:
-        found = self._connection.execute(
-            "select id, bits from block cross join posting on id = number << 32 | ?"
-            " where number between ? and ?",
-            (term, min(numbers), max(numbers)),
-        )
-        for where, blob in found:
-            if where >> 32 in numbers:
-                yield where >> 32, decode(blob, where, self.block)
-
-    def _merged(self, group: int, terms: Collection[int]) -> dict[int, list[Events]]:
-        parts: defaultdict[int, list[Events]] = defaultdict(list)
-        for term in terms:
-            where = key(group, term)
-            found = self._connection.execute("select parts from merged where id = ?", (where,))
-            for (blob,) in found:
+    def _merged(self, first: int, terms: Collection[int]) -> dict[int, list[Events]]:
+        found: dict[int, list[Events]] = {}
+        for where in (key(first // GROUP, term) for term in terms):
+            stored = self._connection.execute("select parts from merged where id = ?", (where,))
+            for (blob,) in stored:
                 for number, posting in split(blob, where, self.block).items():
-                    parts[number].append(posting)
-        return parts
+                    found.setdefault(number, []).append(posting)
+        return found
 
     def _room(self, parts: _Parts) -> int:
         return _ENTRY + sum(

@@ -35,7 +35,7 @@ def count(
     wanted = plan(opened.terms, query, bounds)
     if wanted is None:
         return found, 0
-    source = Source(opened, wanted)
+    source = Source(opened, wanted, known.sealed)
     if wanted.high > known.sealed:
         spans, rest = [(known.sealed, wanted.high)], known.sealed
     else:
