@@ -1,7 +1,7 @@
 """Audit queries: in the order of time or against it, whole blocks at a time through postings."""
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import orjson
@@ -12,9 +12,8 @@ from ..core.ports import AuditQuery, Tail
 from .candidates import Source
 from .database import Damaged
 from .events import check, fetch, state
-from .plain import Events, Wanted
+from .plain import Wanted
 from .plan import Plan, plan
-from .postings import count, in_order
 from .shelf import Open
 from .terms import matcher
 
@@ -27,33 +26,26 @@ _NULL = b"null"
 
 
 class Page:
-    """The seqs of a page, filled from the newest on, or from the oldest if `ascending`."""
+    """The seqs of a page, in its order; how many are to be skipped before."""
 
-    def __init__(self, offset: int, limit: int, ascending: bool) -> None:
-        self._skip = max(0, offset)
+    def __init__(self, offset: int, limit: int) -> None:
+        self.skip = max(0, offset)
         self._limit = limit
-        self._ascending = ascending
         self.seqs: list[int] = []
 
     @property
     def full(self) -> bool:
         return len(self.seqs) >= self._limit
 
-    def add(self, seq: int) -> None:
-        if self._skip:
-            self._skip -= 1
-        elif not self.full:
+    def add(self, seqs: Iterable[int]) -> None:
+        """Add these, as far as there is room."""
+        for seq in seqs:
+            if self.skip:
+                self.skip -= 1
+                continue
             self.seqs.append(seq)
-
-    def add_all(self, base: int, events: Events) -> None:
-        """Add those whose places are counted from `base` on."""
-        if self._skip and (found := count(events)) <= self._skip:
-            self._skip -= found
-            return
-        for place in in_order(events, self._ascending):
             if self.full:
                 return
-            self.add(base + place)
 
 
 def search(opened: Open, tail: Tail, query: AuditQuery, position: int) -> list[Entry]:
@@ -78,7 +70,7 @@ def search(opened: Open, tail: Tail, query: AuditQuery, position: int) -> list[E
 def _search(opened: Open, tail: Tail, query: AuditQuery, bounds: tuple[int, int]) -> list[Entry]:
     known, (minimum, position) = state(opened.connection), bounds
     wanted = plan(opened.terms, query, (minimum, min(position, known.position)))
-    page = Page(query.offset, query.limit, query.after is not None)
+    page = Page(query.offset, query.limit)
     if wanted is None or page.full:
         return []
     _fill(page, Source(opened, wanted, known.sealed), wanted, known.sealed)
@@ -95,21 +87,18 @@ def _fill(page: Page, source: Source, wanted: Plan, sealed: int) -> None:
 
 
 def _fill_rows(page: Page, source: Source, high: int, sealed: int) -> None:
-    for seq in source.rows(sealed, high):
-        page.add(seq)
-        if page.full:
-            return
+    page.add(source.rows(sealed, high))
 
 
 def _fill_blocks(page: Page, source: Source, high: int, sealed: int) -> None:
     for candidates in source.blocks(min(sealed, high)):
-        if candidates.timely and candidates.named:
-            page.add_all(candidates.base, candidates.events)
+        if not (candidates.timely and candidates.named):
+            page.add(source.matching(candidates))
+        elif page.skip and (found := source.count(candidates)) <= page.skip:
+            page.skip -= found
         else:
-            for seq in source.matching(candidates):
-                page.add(seq)
-                if page.full:
-                    return
+            skip, page.skip = page.skip, 0
+            page.add(source.seqs(candidates, skip))
         if page.full:
             return
 

@@ -9,7 +9,7 @@ from .database import Damaged
 from .pieces import Span, unpack
 from .plain import Events
 from .plan import Plan
-from .postings import GROUP, between, count, in_order, piece, unchecked
+from .postings import GROUP, between, count, in_order, unchecked
 from .shelf import Open, Stretch
 
 # Of fewer candidates in a piece that postings don't settle, each has its row looked up.
@@ -46,19 +46,13 @@ class Candidates(NamedTuple):
     timely: bool
     named: bool
 
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """From the first seq up to and without the second."""
-        first, last = (next(in_order(self.events, ascending)) for ascending in (True, False))
-        return self.base + first, self.base + last + 1
-
 
 class Source:
     """The events of a plan, where the first `sealed` events have postings."""
 
     def __init__(self, opened: Open, plan: Plan, sealed: int) -> None:
         self._connection, self._shelf = opened.connection, opened.shelf
-        self._block = self._shelf.block
+        self._block, self._size = self._shelf.block, self._shelf.size
         # How many groups of blocks have merged postings.
         self._merged = sealed // self._block // GROUP
         self._plan = plan
@@ -110,7 +104,8 @@ class Source:
             for number, events in found.items():
                 base = number * self._block
                 if base < plan.low or base + self._block > high:
-                    events = between(events, max(plan.low - base, 0), min(high - base, self._block))
+                    low, stop = max(plan.low - base, 0), min(high - base, self._block)
+                    events = between(events, low, stop, self._size)
                 if events:
                     first, last = times[number]
                     timely = plan.since <= first and last < plan.until
@@ -123,13 +118,29 @@ class Source:
             return range(group * GROUP, (group + 1) * GROUP)
         return range(number, number + 1)
 
+    def count(self, candidates: Candidates) -> int:
+        """How many candidates there are."""
+        return count(candidates.events, self._size)
+
+    def seqs(self, candidates: Candidates, skip: int = 0) -> Iterator[int]:
+        """All candidates in the plan's order, but for the first ones."""
+        for place in in_order(candidates.events, self._plan.ascending, self._size, skip):
+            yield candidates.base + place
+
+    def bounds(self, candidates: Candidates) -> tuple[int, int]:
+        """From the first seq up to and without the second there are candidates."""
+        first, last = (
+            next(in_order(candidates.events, ascending, self._size)) for ascending in (True, False)
+        )
+        return candidates.base + first, candidates.base + last + 1
+
     def matching(self, candidates: Candidates) -> Iterator[int]:
         """The matching events among candidates, in the plan's order. If they are many, or their
         times are in question, then piece by piece: a page is often full before all of them were
         looked at.
         """
         plan = self._plan
-        if candidates.timely and count(candidates.events) <= _FEW:
+        if candidates.timely and self.count(candidates) <= _FEW:
             yield from self._one_by_one(candidates)
             return
         spans = self._spans(candidates.base)
@@ -138,14 +149,15 @@ class Source:
             first, last = spans[low // pieces.PIECE]
             if last < plan.since or first >= plan.until:
                 continue
-            if not (events := piece(candidates.events, low, pieces.PIECE)):
+            events = between(candidates.events, low, low + pieces.PIECE, self._size)
+            if not events:
                 continue
             timely = plan.since <= first and last < plan.until
-            some = Candidates(candidates.base + low, events, timely, candidates.named)
+            some = Candidates(candidates.base, events, timely, candidates.named)
             if some.timely and some.named:
-                yield from self._seqs(some)
-            elif count(events) > _FEW:
-                yield from self.rows(*some.bounds)
+                yield from self.seqs(some)
+            elif self.count(some) > _FEW:
+                yield from self.rows(*self.bounds(some))
             else:
                 yield from self._one_by_one(some)
 
@@ -158,11 +170,8 @@ class Source:
             return unpack(data)
         raise Damaged(f"block {number} has no times")
 
-    def _seqs(self, some: Candidates) -> Iterator[int]:
-        return (some.base + place for place in in_order(some.events, self._plan.ascending))
-
     def _one_by_one(self, some: Candidates) -> Iterator[int]:
-        plan, seqs = self._plan, list(self._seqs(some))
+        plan, seqs = self._plan, list(self.seqs(some))
         rows = self._connection.execute(
             "select seq, name from json_each(?) cross join event on seq = value"
             " where time >= ? and time < ?",
@@ -195,7 +204,8 @@ class Source:
             return found, True
         name = plan.org, plan.named
         if self._shelf.keeps(name, stretch) or (
-            len(names) * len(stretch) <= _ROWS * sum(map(count, found.values()))
+            len(names) * len(stretch)
+            <= _ROWS * sum(count(events, self._size) for events in found.values())
         ):
             return self._shelf.among_any(name, names, stretch, found), True
         return found, False

@@ -17,8 +17,9 @@ from .terms import Mappings
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
-# Events of a block: a tuple of their places, in their order, or a bitmap: of more places than _FEW.
-Events = tuple[int, ...] | bytes
+# Events of a block: two bytes for each of a few places, in their order, or a bitmap; which of them,
+# its size tells.
+Events = bytes
 _FEW = 64
 
 
@@ -128,25 +129,66 @@ def encode(places: Sequence[int], block: int, few: int) -> bytes:
     return bytes(bitmap)
 
 
-def among(blocks: Mapping[int, Events | None], postings: dict[int, Events], /) -> dict[int, Events]:
+def among(
+    blocks: Mapping[int, Events | None], postings: dict[int, Events], size: int, /
+) -> dict[int, Events]:
     """Those of the events that a posting has, too, by their blocks; None stands for all of a block.
-    Blocks without any are left out.
+    Blocks without any are left out. `size` is that of a bitmap.
     """
     both = {
-        number: _common(events, postings[number])
+        number: postings[number]
+        if events is None
+        else of_bits(as_bits(events, size) & as_bits(postings[number], size), size)
         for number, events in blocks.items()
         if number in postings
     }
     return {number: events for number, events in both.items() if events}
 
 
-def without(blocks: dict[int, Events], postings: dict[int, Events], /) -> dict[int, Events]:
+def without(
+    blocks: dict[int, Events], postings: dict[int, Events], size: int, /
+) -> dict[int, Events]:
     """Those of the events that no posting has, by their blocks."""
     left = {
-        number: _without(events, postings[number]) if number in postings else events
+        number: of_bits(as_bits(events, size) & ~as_bits(postings[number], size), size)
+        if number in postings
+        else events
         for number, events in blocks.items()
     }
     return {number: events for number, events in left.items() if events}
+
+
+def as_bits(events: Events, size: int) -> int:
+    """A bit for each place."""
+    if len(events) == size:
+        return int.from_bytes(events, "little")
+    bitmap = bytearray(size)
+    for place in places_of(events):
+        bitmap[place >> 3] |= 1 << (place & 7)
+    return int.from_bytes(bitmap, "little")
+
+
+def of_bits(bits: int, size: int) -> Events:
+    """The same back."""
+    if bits.bit_count() > few_of(size):
+        return bits.to_bytes(size, "little")
+    places = []
+    while bits:
+        places.append((bits & -bits).bit_length() - 1)
+        bits &= bits - 1
+    return struct.pack(f"<{len(places)}H", *places)
+
+
+def places_of(events: Events) -> tuple[int, ...]:
+    """Of a few events, that are no bitmap, their places."""
+    return struct.unpack(f"<{len(events) // 2}H", events)
+
+
+def few_of(size: int) -> int:
+    """Of how many events there are places, if a bitmap has this size: up to here, they are both
+    smaller and about as quick to read.
+    """
+    return min(_FEW, (size - 1) // 2)
 
 
 def unlike(
@@ -154,46 +196,3 @@ def unlike(
 ) -> tuple[list[int], set[bytes]]:
     """As `_speedups.unlike`, which may leave any line to its caller: all of them here."""
     return list(range(len(lines))), set()
-
-
-def _common(events: Events | None, others: Events) -> Events:
-    if events is None:
-        return others
-    if isinstance(events, bytes) and isinstance(others, bytes):
-        return of_bits(as_bits(events) & as_bits(others), len(events))
-    if isinstance(events, bytes):
-        events, others = others, events
-    return tuple([place for place in events if _has(others, place)])
-
-
-def _without(events: Events, others: Events) -> Events:
-    if isinstance(events, bytes):
-        return of_bits(as_bits(events) & ~as_bits(others), len(events))
-    return tuple([place for place in events if not _has(others, place)])
-
-
-def _has(events: Events, place: int) -> bool:
-    if isinstance(events, bytes):
-        return bool(events[place >> 3] >> (place & 7) & 1)
-    return place in events
-
-
-def as_bits(events: Events) -> int:
-    """A bit for each place."""
-    if isinstance(events, bytes):
-        return int.from_bytes(events, "little")
-    bitmap = bytearray(max(events, default=-1) // 8 + 1)
-    for place in events:
-        bitmap[place >> 3] |= 1 << (place & 7)
-    return int.from_bytes(bitmap, "little")
-
-
-def of_bits(bits: int, size: int) -> Events:
-    """The same back; `size` is that of a bitmap."""
-    if bits.bit_count() > _FEW:
-        return bits.to_bytes(size, "little")
-    places = []
-    while bits:
-        places.append((bits & -bits).bit_length() - 1)
-        bits &= bits - 1
-    return tuple(places)

@@ -3,7 +3,7 @@
 Those of a group of blocks are merged, term by term, once all of them are there: a disk that has to
 be asked finds what a query needs in one place, not in one for each block.
 
-Events of a block are a tuple of their places, in their order, or a bitmap.
+Of the events of a block, it has the places or a bitmap; see `plain.Events`.
 """
 
 import struct
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from .database import Damaged
-from .plain import Events, as_bits, encode, of_bits
+from .plain import Events, as_bits, encode, few_of, of_bits, places_of
 
 try:
     from ._speedups import among as among
@@ -23,9 +23,6 @@ except ImportError:
     from .plain import among as among
     from .plain import postings as postings_of
     from .plain import without as without
-
-# Up to here a list of places is both smaller and about as quick to read as a bitmap.
-_SPARSE = 64
 
 # How many blocks are a group.
 GROUP = 16
@@ -53,7 +50,7 @@ def seal(
     """
     found: dict[int, bytes] = {}
     for column in columns:
-        found.update(postings_of(column, places, block, _few(block)))
+        found.update(postings_of(column, places, block, few_of(block // 8)))
     found.pop(EVERY, None)
     for term in sorted(found):
         yield key(number, term), found[term]
@@ -61,7 +58,7 @@ def seal(
 
 def every(places: Sequence[int], number: int, block: int) -> tuple[int, bytes]:
     """The key and the posting of the term that every event carries."""
-    return key(number, EVERY), encode(places, block, _few(block))
+    return key(number, EVERY), encode(places, block, few_of(block // 8))
 
 
 def checked(postings: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -80,13 +77,8 @@ def unchecked(stored: Iterable[tuple[int, object]]) -> Iterator[tuple[int, bytes
         yield where, _checked(blob, where)
 
 
-def _few(block: int) -> int:
-    """Of how many events a posting has their places."""
-    return min(_SPARSE, (block // 8 - 1) // 2)
-
-
 def decode(blob: object, where: int, block: int) -> Events:
-    """The events of a posting, as they are at hand: a few as places.
+    """The events of a posting.
 
     Raises:
         Damaged: not what was stored for this key.
@@ -123,57 +115,51 @@ def split(blob: object, where: int, block: int) -> dict[int, Events]:
 
 
 def _decode(data: bytes, block: int) -> Events:
-    if not data:
-        return b"\xff" * (block // 8)
-    return data if len(data) == block // 8 else _places(data)
+    return data or b"\xff" * (block // 8)
 
 
-def union(postings: Iterable[Events], block: int) -> Events:
-    """The events that any of the postings has."""
+def union(postings: Iterable[Events], size: int) -> Events:
+    """The events that any of the postings has. Here as below, `size` is that of a bitmap."""
     bits = 0
-    few: set[int] = set()
     for posting in postings:
-        if isinstance(posting, tuple):
-            few.update(posting)
-        else:
-            bits |= as_bits(posting)
-    return of_bits(bits | as_bits(tuple(few)), block // 8)
+        bits |= as_bits(posting, size)
+    return of_bits(bits, size)
 
 
-def count(events: Events) -> int:
+def count(events: Events, size: int) -> int:
     """How many there are."""
-    return len(events) if isinstance(events, tuple) else as_bits(events).bit_count()
+    if len(events) != size:
+        return len(events) // 2
+    return int.from_bytes(events, "little").bit_count()
 
 
-def between(events: Events, low: int, high: int) -> Events:
+def between(events: Events, low: int, high: int, size: int) -> Events:
     """Those from one place up to and without another."""
-    if isinstance(events, tuple):
-        return events[bisect_left(events, low) : bisect_left(events, high)]
-    return of_bits(as_bits(events) & (1 << high) - (1 << low), len(events))
+    if len(events) != size:
+        places = places_of(events)
+        return events[2 * bisect_left(places, low) : 2 * bisect_left(places, high)]
+    return of_bits(as_bits(events, size) & (1 << high) - (1 << low), size)
 
 
-def piece(events: Events, low: int, size: int) -> Events:
-    """Those of a part of the block, with their places in it."""
-    if isinstance(events, tuple):
-        return tuple([place - low for place in between(events, low, low + size)])
-    bits = as_bits(events[low // 8 : (low + size + 7) // 8]) >> low % 8
-    return of_bits(bits & (1 << size) - 1, (size + 7) // 8)
-
-
-def in_order(events: Events, ascending: bool) -> Iterator[int]:
-    """The places one by one, the lowest first or the highest."""
-    if isinstance(events, tuple):
-        yield from events if ascending else reversed(events)
+def in_order(events: Events, ascending: bool, size: int, skip: int = 0) -> Iterator[int]:
+    """The places one by one, the lowest first or the highest, but for the first ones."""
+    if len(events) != size:
+        places = places_of(events)
+        yield from places[skip:] if ascending else places[::-1][skip:]
         return
-    bits = as_bits(events)
-    while bits:
-        place = (bits & -bits if ascending else bits).bit_length() - 1
-        bits ^= 1 << place
-        yield place
-
-
-def _places(data: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(data) // 2}H", data)
+    starts = range(0, size, 8)
+    for start in starts if ascending else reversed(starts):
+        word = int.from_bytes(events[start : start + 8], "little")
+        if skip and skip >= (found := word.bit_count()):
+            skip -= found
+            continue
+        while word:
+            place = (word & -word if ascending else word).bit_length() - 1
+            word ^= 1 << place
+            if skip:
+                skip -= 1
+            else:
+                yield 8 * start + place
 
 
 def _checked(blob: object, where: int) -> bytes:

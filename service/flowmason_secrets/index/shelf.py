@@ -13,7 +13,6 @@ from .terms import Terms
 # In bytes: what is asked again and again fits in, whatever the length of the log.
 _ROOM = 32 << 20
 _ENTRY = 100
-_PLACE = 40
 
 
 # Blocks that have their postings read together: those of a group that is merged, or a single one.
@@ -23,10 +22,12 @@ _Parts = dict[int, Events]
 
 
 class Shelf:
-    """The postings of one open database. `block` is how many events have theirs together."""
+    """The postings of one open database. `block` is how many events have theirs together, and
+    `size` that of their bitmap.
+    """
 
     def __init__(self, connection: sqlite3.Connection, block: int) -> None:
-        self.block = block
+        self.block, self.size = block, block // 8
         self._connection = connection
         # By what they are of and where, those that were not used for longest first.
         self._kept: OrderedDict[tuple[object, Stretch], _Parts] = OrderedDict()
@@ -53,13 +54,13 @@ class Shelf:
         candidates: Mapping[int, Events | None],
     ) -> dict[int, Events]:
         """Those of the candidates that have one of the terms, for all of which `name` stands."""
-        return among(candidates, self._parts(name, terms, stretch))
+        return among(candidates, self._parts(name, terms, stretch), self.size)
 
     def without(
         self, term: int, stretch: Stretch, candidates: dict[int, Events]
     ) -> dict[int, Events]:
         """Those of the candidates that don't have a term."""
-        return without(candidates, self._parts(term, (term,), stretch))
+        return without(candidates, self._parts(term, (term,), stretch), self.size)
 
     def keeps(self, name: object, stretch: Stretch) -> bool:
         """Whether the postings there of what has this name need not be read."""
@@ -72,7 +73,7 @@ class Shelf:
             return parts
         read = self._single if len(stretch) == 1 else self._merged
         parts = self._kept[place] = {
-            number: some[0] if len(some) == 1 else union(some, self.block)
+            number: some[0] if len(some) == 1 else union(some, self.size)
             for number, some in read(stretch[0], terms).items()
         }
         self._size += self._room(parts)
@@ -98,9 +99,7 @@ class Shelf:
         return found
 
     def _room(self, parts: _Parts) -> int:
-        return _ENTRY + sum(
-            _ENTRY + len(one) * (_PLACE if isinstance(one, tuple) else 1) for one in parts.values()
-        )
+        return _ENTRY + sum(_ENTRY + len(one) for one in parts.values())
 
 
 class Open(NamedTuple):

@@ -40,7 +40,7 @@ def count(
         spans, rest = [(known.sealed, wanted.high)], known.sealed
     else:
         blocks = list(islice(source.blocks(wanted.high), _BLOCKS))
-        spans = [candidates.bounds for candidates in blocks]
+        spans = [source.bounds(candidates) for candidates in blocks]
         rest = blocks[-1].base if blocks else 0
     field = _FIELDS[grouping.by]
     for span in spans:
