@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-enum { FEW = 64, WIDEST = 8192 };
+enum { FEW = 512, WIDEST = 8192 };
 
 /* A bitmap, with zeros up to the end of its last word. */
 typedef union {

@@ -18,7 +18,7 @@ from ..core.ports import Tail
 _LOG = logging.getLogger(__name__)
 
 MEMORY = ":memory:"
-VERSION = 4
+VERSION = 5
 
 _SCHEMA = """
 create table state (

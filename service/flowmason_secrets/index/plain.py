@@ -20,7 +20,7 @@ _MICROSECOND = timedelta(microseconds=1)
 # Events of a block: two bytes for each of a few places, in their order, or a bitmap; which of them,
 # its size tells.
 Events = bytes
-_FEW = 64
+_FEW = 512
 
 
 # What lines are to have, in JSON, where it is not None: organisation, type, action, outcome, any
