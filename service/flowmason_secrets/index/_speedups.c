@@ -333,6 +333,8 @@ static PyObject *unlike(PyObject *module, PyObject *arguments)
     return NULL;
 }
 
+#include "_recent.h"
+
 static PyMethodDef methods[] = {
     {"among", among, METH_VARARGS, "See plain.among."},
     {"without", without, METH_VARARGS, "See plain.without."},
@@ -344,6 +346,7 @@ static PyMethodDef methods[] = {
     {"postings", postings, METH_VARARGS,
         "The postings of a column, by their terms. The places of its events in the block ascend; "
         "up to so few of them are encoded as places, and more as a bitmap."},
+    {"matching", matching, METH_VARARGS, "See plain.matching."},
     {"unlike", unlike, METH_VARARGS,
         "Which of some lines are not known to be the events with these seqs, or not known to be as "
         "wanted, by their places in the list; and the names that all others have, in JSON. It may "

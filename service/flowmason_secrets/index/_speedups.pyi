@@ -1,6 +1,7 @@
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
-from .plain import Events, Wanted
+from .plain import Columns, Events, Wanted
 from .terms import Mappings
 
 def read_columns(
@@ -18,3 +19,12 @@ def without(
 def unlike(
     lines: Sequence[bytes], seqs: Sequence[int], wanted: Wanted, /
 ) -> tuple[list[int], set[bytes]]: ...
+def matching(
+    columns: Columns,
+    terms: Sequence[int],
+    names: AbstractSet[int] | None,
+    times: tuple[int, int],
+    low: int,
+    high: int,
+    /,
+) -> list[int]: ...

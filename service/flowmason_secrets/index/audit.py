@@ -1,6 +1,5 @@
 """Audit queries: in the order of time or against it, whole blocks at a time through postings."""
 
-import sqlite3
 from collections.abc import Callable, Iterable
 from functools import cache
 
@@ -74,9 +73,7 @@ def _search(opened: Open, tail: Tail, query: AuditQuery, bounds: tuple[int, int]
     if wanted is None or page.full:
         return []
     _fill(page, Source(opened, wanted, known.sealed), wanted, known.sealed)
-    # In the order in which they are stored: reading ahead goes only that way.
-    places = _places(opened.connection, sorted(page.seqs))
-    return _checked(fetch(tail, [places[seq] for seq in page.seqs]), page.seqs, query)
+    return _checked(fetch(tail, _places(opened, page.seqs)), page.seqs, query)
 
 
 def _fill(page: Page, source: Source, wanted: Plan, sealed: int) -> None:
@@ -87,7 +84,7 @@ def _fill(page: Page, source: Source, wanted: Plan, sealed: int) -> None:
 
 
 def _fill_rows(page: Page, source: Source, high: int, sealed: int) -> None:
-    page.add(source.rows(sealed, high))
+    page.add(source.newest(sealed, high))
 
 
 def _fill_blocks(page: Page, source: Source, high: int, sealed: int) -> None:
@@ -103,16 +100,21 @@ def _fill_blocks(page: Page, source: Source, high: int, sealed: int) -> None:
             return
 
 
-def _places(connection: sqlite3.Connection, seqs: list[int]) -> dict[int, tuple[int, int]]:
-    rows = connection.execute(
-        'select seq, segment, "offset" from json_each(?) cross join event on seq = value',
-        (str(seqs),),
-    )
-    found: dict[int, tuple[int, int]] = {row[0]: row[1:] for row in rows}
+def _places(opened: Open, seqs: list[int]) -> list[tuple[int, int]]:
+    kept = {seq: opened.recent.place(seq) for seq in seqs}
+    # In the order in which they are stored: reading ahead goes only that way.
+    if left := sorted(seq for seq, place in kept.items() if place is None):
+        rows = opened.connection.execute(
+            'select seq, segment, "offset" from json_each(?) cross join event on seq = value',
+            (str(left),),
+        )
+        kept |= {seq: (segment, offset) for seq, segment, offset in rows}
+    places = []
     for seq in seqs:
-        if seq not in found:
+        if (place := kept[seq]) is None:
             raise Damaged(f"event {seq} has postings but no row")
-    return found
+        places.append(place)
+    return places
 
 
 def _checked(lines: list[bytes], seqs: list[int], query: AuditQuery) -> list[Entry]:

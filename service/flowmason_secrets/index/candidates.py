@@ -1,7 +1,7 @@
 """Where the events of a query are: rows for the newest ones, postings for all others."""
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from . import pieces
@@ -51,13 +51,24 @@ class Source:
     """The events of a plan, where the first `sealed` events have postings."""
 
     def __init__(self, opened: Open, plan: Plan, sealed: int) -> None:
-        self._connection, self._shelf = opened.connection, opened.shelf
+        self._connection, self._shelf, self._recent = (
+            opened.connection,
+            opened.shelf,
+            opened.recent,
+        )
         self._block, self._size = self._shelf.block, self._shelf.size
         # How many groups of blocks have merged postings.
         self._merged = sealed // self._block // GROUP
         self._plan = plan
         self._parameters = plan._asdict() | {"names": None, "named": plan.names is not None}
         self._order = "" if plan.ascending else " desc"
+
+    def newest(self, sealed: int, high: int) -> Iterator[int]:
+        """The matching events without postings below `high`, one by one, in the plan's order."""
+        self._recent.read(self._connection, sealed, high)
+        kept = self._recent.matching(self._plan, high)
+        left = self.rows(self._recent.end, high) if self._recent.end < high else ()
+        return chain(kept, left) if self._plan.ascending else chain(left, kept)
 
     def rows(self, low: int, high: int) -> Iterator[int]:
         """The matching events with `low` <= seq < `high`, one by one, in the plan's order."""

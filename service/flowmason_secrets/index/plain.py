@@ -1,8 +1,10 @@
 """What `_speedups` does, in Python: for unusual lines, and where that was not compiled."""
 
 import struct
+from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate, repeat
 from operator import add, floordiv, sub
@@ -12,7 +14,7 @@ import msgspec
 
 from ..core.errors import LogDamaged
 from ..core.events import BETWEEN_LINES
-from .terms import Mappings
+from .terms import NAME, OUTCOME, Mappings
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -34,6 +36,10 @@ Wanted = tuple[
     bytes | None,
     bytes | None,
 ]
+
+
+# Events by the column: their times in microseconds, and the terms of their fields.
+Columns = tuple["array[int]", ...]
 
 
 class Indexed(msgspec.Struct, gc=False):
@@ -156,6 +162,32 @@ def without(
         for number, events in blocks.items()
     }
     return {number: events for number, events in left.items() if events}
+
+
+def matching(
+    columns: Columns,
+    terms: Sequence[int],
+    names: AbstractSet[int] | None,
+    times: tuple[int, int],
+    low: int,
+    high: int,
+    /,
+) -> list[int]:
+    """Those from one place up to and without another that have these terms, but not the last one,
+    which is an outcome (-1 asks for nothing), one of the names, and a time from the first of two up
+    to and without the second.
+    """
+    (happened, *fields), (since, until), (*wanted, but) = columns, times, terms
+    asked = [(column, term) for column, term in zip(fields, wanted, strict=True) if term >= 0]
+    outcomes, named = fields[OUTCOME], fields[NAME]
+    return [
+        place
+        for place in range(low, high)
+        if since <= happened[place] < until
+        and all(column[place] == term for column, term in asked)
+        and outcomes[place] != but
+        and (names is None or named[place] in names)
+    ]
 
 
 def as_bits(events: Events, size: int) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from .gathering import Gathered
 from .plain import Events
 from .postings import GROUP, among, decode, key, split, union, without
+from .recent import Recent
 from .terms import Terms
 
 # In bytes: what is asked again and again fits in, whatever the length of the log.
@@ -108,4 +109,5 @@ class Open(NamedTuple):
     connection: sqlite3.Connection
     terms: Terms
     shelf: Shelf
+    recent: Recent
     gathered: Gathered

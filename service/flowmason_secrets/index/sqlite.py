@@ -25,6 +25,7 @@ from . import audit, events, listing, summary
 from .database import Damaged, Database, Unsettled, is_damage, transaction, unwritten
 from .gathering import Gathered
 from .progress import Progress
+from .recent import Recent
 from .shelf import Open, Shelf
 from .terms import Terms
 
@@ -348,6 +349,7 @@ class SqliteIndex:
         finally:
             self._opened.terms.forget()
             self._opened.shelf.forget()
+            self._opened.recent.forget()
             self._opened.gathered.forget()
 
     def _open(self) -> Open:
@@ -360,6 +362,7 @@ class SqliteIndex:
                 connection,
                 Terms(connection),
                 Shelf(connection, self._block),
+                Recent(self._block),
                 Gathered(self._block),
             )
             events.verify(connection, self._tail)
