@@ -22,27 +22,28 @@ static size_t place_at(const unsigned char *places)
     return (size_t)places[0] | (size_t)places[1] << 8;
 }
 
-static int has(const Bitmap *map, size_t place)
+/* A posting as it was given. */
+typedef struct {
+    const unsigned char *bytes;
+    size_t length;
+    int is_bitmap;
+} Posting;
+
+static int has(const unsigned char *bitmap, size_t place)
 {
-    return map->bytes[place / 8] >> place % 8 & 1;
+    return bitmap[place / 8] >> place % 8 & 1;
 }
 
-/* The events of a block, of either kind. Returns 0 if that is not what they are. */
-static int to_bitmap(PyObject *events, size_t size, Bitmap *map)
+/* Returns 0 if it is not one of events of a block. */
+static int to_posting(PyObject *events, size_t size, Posting *posting)
 {
-    const unsigned char *data = (const unsigned char *)PyBytes_AS_STRING(events);
-    size_t length = (size_t)PyBytes_GET_SIZE(events);
-    memset(map->bytes, 0, (size + 7) / 8 * 8);
-    if (length == size) {
-        memcpy(map->bytes, data, size);
-        return 1;
-    }
-    int valid = length % 2 == 0 && length < size;
-    for (size_t i = 0; valid && i < length; i += 2) {
-        size_t place = place_at(data + i);
-        if ((valid = place / 8 < size))
-            map->bytes[place / 8] |= (unsigned char)(1 << place % 8);
-    }
+    posting->bytes = (const unsigned char *)PyBytes_AS_STRING(events);
+    posting->length = (size_t)PyBytes_GET_SIZE(events);
+    posting->is_bitmap = posting->length == size;
+    int valid = posting->is_bitmap
+                || (posting->length % 2 == 0 && posting->length <= 2 * few_of(size));
+    for (size_t i = 0; valid && !posting->is_bitmap && i < posting->length; i += 2)
+        valid = place_at(posting->bytes + i) / 8 < size;
     return valid;
 }
 
@@ -65,39 +66,59 @@ static PyObject *of_bitmap(const Bitmap *map, size_t size)
 }
 
 /* Those of some places that a bitmap has, or that it doesn't have. */
-static PyObject *of_places(PyObject *events, const Bitmap *map, int common)
+static PyObject *of_places(const Posting *events, const unsigned char *bitmap, int common)
 {
-    const unsigned char *data = (const unsigned char *)PyBytes_AS_STRING(events);
     unsigned char places[2 * FEW];
     size_t end = 0;
-    for (Py_ssize_t i = 0; i < PyBytes_GET_SIZE(events); i += 2)
-        if (has(map, place_at(data + i)) == common) {
-            places[end++] = data[i];
-            places[end++] = data[i + 1];
+    for (size_t i = 0; i < events->length; i += 2)
+        if (has(bitmap, place_at(events->bytes + i)) == common) {
+            places[end++] = events->bytes[i];
+            places[end++] = events->bytes[i + 1];
         }
     return PyBytes_FromStringAndSize((const char *)places, (Py_ssize_t)end);
 }
 
+/* Those of a bitmap that another has, or that it doesn't have. */
+static PyObject *of_bits(const Posting *events, const unsigned char *others, int common)
+{
+    Bitmap map;
+    size_t size = events->length;
+    map.words[(size - 1) / 8] = 0;
+    memcpy(map.bytes, events->bytes, size);
+    for (size_t i = 0; i * 8 < size; i++) {
+        uint64_t word = 0;
+        memcpy(&word, others + i * 8, size - i * 8 < 8 ? size - i * 8 : 8);
+        map.words[i] &= common ? word : ~word;
+    }
+    return of_bitmap(&map, size);
+}
+
 static PyObject *of_both(PyObject *events, PyObject *others, size_t size, int common)
 {
-    Bitmap map, those;
-    if (!PyBytes_Check(others) || !(PyBytes_Check(events) || (events == Py_None && common))) {
+    Posting one = {NULL, 0, 0}, other;
+    Bitmap map;
+    int every = events == Py_None && common;
+    if (!PyBytes_Check(others) || !(PyBytes_Check(events) || every)) {
         PyErr_SetString(PyExc_TypeError, "events are bytes");
         return NULL;
     }
-    if (!to_bitmap(others, size, &those)
-        || (events != Py_None && !to_bitmap(events, size, &map))) {
+    if (!to_posting(others, size, &other) || !(every || to_posting(events, size, &one))) {
         PyErr_SetString(PyExc_ValueError, "not events of a block");
         return NULL;
     }
-    if (events == Py_None)
+    if (every)
         return Py_NewRef(others);
-    int few = (size_t)PyBytes_GET_SIZE(events) <= 2 * few_of(size);
-    if (few && (size_t)PyBytes_GET_SIZE(events) != size)
-        return of_places(events, &those, common);
-    for (size_t i = 0; i * 8 < size; i++)
-        map.words[i] &= common ? those.words[i] : ~those.words[i];
-    return of_bitmap(&map, size);
+    if (common && one.is_bitmap && !other.is_bitmap)
+        return of_places(&other, one.bytes, common);
+    if (!other.is_bitmap) {
+        memset(map.bytes, 0, size);
+        for (size_t i = 0; i < other.length; i += 2) {
+            size_t place = place_at(other.bytes + i);
+            map.bytes[place / 8] |= (unsigned char)(1 << place % 8);
+        }
+        other.bytes = map.bytes;
+    }
+    return (one.is_bitmap ? of_bits : of_places)(&one, other.bytes, common);
 }
 
 static PyObject *of_blocks(PyObject *arguments, int common)
