@@ -76,6 +76,11 @@ def test_parents(nodes: list[bytes]) -> None:
         ("among", ({1: b"\x20\x00"}, {1: b"1234"}, 4), ValueError),
         ("among", ({1: b"1234"}, {1: b"\xff\xff"}, 4), ValueError),
         ("among", ({1: None}, {1: b"12345"}, 4), ValueError),
+        ("union", ([b"1"], 4), ValueError),
+        ("union", ([b"1234", "1234"], 4), ValueError),
+        ("union", ((), 4), TypeError),
+        ("union", ([], 0), ValueError),
+        ("union", ([], 8193), ValueError),
         ("among", ({}, {}, 0), ValueError),
         ("among", ({}, {}, -1), ValueError),
         ("among", ({}, {}, 8193), ValueError),
@@ -404,6 +409,8 @@ def test_among_and_without(blocks: dict[int, Any], others: dict[int, Any]) -> No
     assert by_column.among(every, others, SIZE) == plain.among(every, others, SIZE)
     assert by_column.among(blocks, others, SIZE) == plain.among(blocks, others, SIZE)
     assert by_column.without(blocks, others, SIZE) == plain.without(blocks, others, SIZE)
+    every_one = [*blocks.values(), *others.values()]
+    assert by_column.union(every_one, SIZE) == plain.union(every_one, SIZE)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 9, 32, 8192])

@@ -65,6 +65,20 @@ static PyObject *of_bitmap(const Bitmap *map, size_t size)
     return PyBytes_FromStringAndSize((const char *)places, (Py_ssize_t)end);
 }
 
+static void add_places(Bitmap *map, const Posting *events)
+{
+    for (size_t i = 0; i < events->length; i += 2) {
+        size_t place = place_at(events->bytes + i);
+        map->bytes[place / 8] |= (unsigned char)(1 << place % 8);
+    }
+}
+
+static void add_bits(Bitmap *map, const Posting *events)
+{
+    for (size_t i = 0; i < events->length; i++)
+        map->bytes[i] |= events->bytes[i];
+}
+
 /* Those of some places that a bitmap has, or that it doesn't have. */
 static PyObject *of_places(const Posting *events, const unsigned char *bitmap, int common)
 {
@@ -112,13 +126,34 @@ static PyObject *of_both(PyObject *events, PyObject *others, size_t size, int co
         return of_places(&other, one.bytes, common);
     if (!other.is_bitmap) {
         memset(map.bytes, 0, size);
-        for (size_t i = 0; i < other.length; i += 2) {
-            size_t place = place_at(other.bytes + i);
-            map.bytes[place / 8] |= (unsigned char)(1 << place % 8);
-        }
+        add_places(&map, &other);
         other.bytes = map.bytes;
     }
     return (one.is_bitmap ? of_bits : of_places)(&one, other.bytes, common);
+}
+
+static PyObject *of_any(PyObject *arguments)
+{
+    PyObject *postings;
+    Posting one;
+    Bitmap map;
+    Py_ssize_t size;
+    if (!PyArg_ParseTuple(arguments, "O!n", &PyList_Type, &postings, &size))
+        return NULL;
+    if (size < 1 || size > WIDEST) {
+        PyErr_SetString(PyExc_ValueError, "no size of a bitmap");
+        return NULL;
+    }
+    memset(map.bytes, 0, ((size_t)size + 7) / 8 * 8);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(postings); i++) {
+        PyObject *events = PyList_GET_ITEM(postings, i);
+        if (!PyBytes_Check(events) || !to_posting(events, (size_t)size, &one)) {
+            PyErr_SetString(PyExc_ValueError, "not events of a block");
+            return NULL;
+        }
+        (one.is_bitmap ? add_bits : add_places)(&map, &one);
+    }
+    return of_bitmap(&map, (size_t)size);
 }
 
 static PyObject *of_blocks(PyObject *arguments, int common)

@@ -333,11 +333,18 @@ static PyObject *unlike(PyObject *module, PyObject *arguments)
     return NULL;
 }
 
+static PyObject *any_of(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    return of_any(arguments);
+}
+
 #include "_recent.h"
 
 static PyMethodDef methods[] = {
     {"among", among, METH_VARARGS, "See plain.among."},
     {"without", without, METH_VARARGS, "See plain.without."},
+    {"union", any_of, METH_VARARGS, "See plain.union."},
     {"read_columns", read_columns, METH_VARARGS,
         "Read the lines of events from a place of the data on, as long as they follow each other: "
         "the first has this seq. Returns the place behind them, and lists: their places, their "

@@ -4,6 +4,7 @@ from collections.abc import Set as AbstractSet
 from .plain import Columns, Events, Wanted
 from .terms import Mappings
 
+def union(postings: list[Events], size: int, /) -> Events: ...
 def read_columns(
     data: bytes, place: int, seq: int, known: Mappings, /
 ) -> tuple[int, list[list[int]]]: ...

@@ -190,6 +190,14 @@ def matching(
     ]
 
 
+def union(postings: list[Events], size: int, /) -> Events:
+    """The events that any of the postings has. `size` is that of a bitmap."""
+    bits = 0
+    for posting in postings:
+        bits |= as_bits(posting, size)
+    return of_bits(bits, size)
+
+
 def as_bits(events: Events, size: int) -> int:
     """A bit for each place."""
     if len(events) == size:

@@ -18,10 +18,12 @@ from .plain import Events, as_bits, encode, few_of, of_bits, places_of
 try:
     from ._speedups import among as among
     from ._speedups import postings as postings_of
+    from ._speedups import union as union
     from ._speedups import without as without
 except ImportError:
     from .plain import among as among
     from .plain import postings as postings_of
+    from .plain import union as union
     from .plain import without as without
 
 # How many blocks are a group.
@@ -118,16 +120,8 @@ def _decode(data: bytes, block: int) -> Events:
     return data or b"\xff" * (block // 8)
 
 
-def union(postings: Iterable[Events], size: int) -> Events:
-    """The events that any of the postings has. Here as below, `size` is that of a bitmap."""
-    bits = 0
-    for posting in postings:
-        bits |= as_bits(posting, size)
-    return of_bits(bits, size)
-
-
 def count(events: Events, size: int) -> int:
-    """How many there are."""
+    """How many there are. Here as below, `size` is that of a bitmap."""
     if len(events) != size:
         return len(events) // 2
     return int.from_bytes(events, "little").bit_count()
