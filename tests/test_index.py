@@ -723,6 +723,11 @@ async def test_a_segment_was_archived(opened: tuple[FakeLog, SqliteIndex, Path])
     assert await lines(index, everything._replace(success=False), 300) == scan(
         log, everything._replace(success=False), 300
     )
+    # A page that ends where all that is older was archived since, with events of the same block.
+    for before in (130, 139, 140, 141):
+        for limit in (2, 1000):
+            query = AuditQuery(None, before=before, limit=limit)
+            assert await lines(index, query, 300) == scan(log, query, 300)
 
 
 async def test_a_log_without_the_events_it_should_have() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import islice
 
 import orjson
 
@@ -38,13 +39,10 @@ class Page:
 
     def add(self, seqs: Iterable[int]) -> None:
         """Add these, as far as there is room."""
-        for seq in seqs:
-            if self.skip:
-                self.skip -= 1
-                continue
-            self.seqs.append(seq)
-            if self.full:
-                return
+        rest = iter(seqs)
+        for _ in islice(rest, self.skip):
+            self.skip -= 1
+        self.seqs.extend(islice(rest, self._limit - len(self.seqs)))
 
 
 def search(opened: Open, tail: Tail, query: AuditQuery, position: int) -> list[Entry]:

@@ -48,6 +48,10 @@ def plan(terms: Terms, query: AuditQuery, bounds: tuple[int, int]) -> Plan | Non
     nothing can match.
     """
     minimum, position = bounds
+    low = max(minimum, 0 if query.after is None else min(query.after + 1, position))
+    high = position if query.before is None else min(position, query.before)
+    if low >= high:
+        return None
     kind = query.resource_type
     if query.allow:
         if kind not in (None, "secret"):
@@ -77,8 +81,8 @@ def plan(terms: Terms, query: AuditQuery, bounds: tuple[int, int]) -> Plan | Non
         query.allow if query.name is None else query.name,
         since=_FIRST if query.since is None else _micros(query.since),
         until=_LAST if query.until is None else _micros(query.until),
-        low=max(minimum, 0 if query.after is None else min(query.after + 1, position)),
-        high=position if query.before is None else min(position, query.before),
+        low=low,
+        high=high,
         ascending=query.after is not None,
     )
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from .database import Damaged
-from .plain import Events, as_bits, encode, few_of, of_bits, places_of
+from .plain import Events, encode, few_of, places_of
 
 try:
     from ._speedups import among as among
@@ -132,7 +132,12 @@ def between(events: Events, low: int, high: int, size: int) -> Events:
     if len(events) != size:
         places = places_of(events)
         return events[2 * bisect_left(places, low) : 2 * bisect_left(places, high)]
-    return of_bits(as_bits(events, size) & (1 << high) - (1 << low), size)
+    start, stop = low // 8, min((high + 7) // 8, size)
+    bits = int.from_bytes(events[start:stop], "little") & (1 << high - 8 * start) - (
+        1 << low - 8 * start
+    )
+    middle = bits.to_bytes(stop - start, "little")
+    return bytes(start) + middle + bytes(size - stop) if bits else b""
 
 
 def in_order(events: Events, ascending: bool, size: int, skip: int = 0) -> Iterator[int]:
@@ -141,7 +146,7 @@ def in_order(events: Events, ascending: bool, size: int, skip: int = 0) -> Itera
         places = places_of(events)
         yield from places[skip:] if ascending else places[::-1][skip:]
         return
-    starts = range(0, size, 8)
+    starts = range((size - len(events.lstrip(b"\0"))) & ~7, len(events.rstrip(b"\0")), 8)
     for start in starts if ascending else reversed(starts):
         word = int.from_bytes(events[start : start + 8], "little")
         if skip and skip >= (found := word.bit_count()):
