@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SERVICE = ROOT / "service"
 SOURCES = sorted(SERVICE.rglob("*.py"))
 OURS = {"flowmason_secrets", "flowmason_studio"}
-COMPILED = {"flowmason_secrets/core/_speedups", "flowmason_secrets/index/_speedups"}
+COMPILED = {f"flowmason_secrets/{part}/_speedups" for part in ("api", "core", "index")}
 # What is not a source, though it is beside them.
 MADE = ("*.so", "*.egg-info", "__pycache__")
 DURABLE = SERVICE / "flowmason_secrets" / "storage" / "durable.py"

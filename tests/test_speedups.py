@@ -1,5 +1,5 @@
 """What is compiled does what the Python beside it does: hashing, taking the lines of events,
-reading them by the column, and making postings.
+reading them by the column, making postings, finding events, and showing them.
 """
 
 import datetime
@@ -8,22 +8,27 @@ import os
 import random
 import sqlite3
 import struct
+from array import array
 from typing import Any
 
+import msgspec
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowmason_secrets.api import entries, shapes
 from flowmason_secrets.core import events, hashing, merkle
 from flowmason_secrets.core.errors import LogDamaged
-from flowmason_secrets.core.ports import Chunk
-from flowmason_secrets.index import columns, plain, postings
+from flowmason_secrets.core.ports import AuditQuery, Chunk
+from flowmason_secrets.index import audit, columns, plain, postings, recent
 from flowmason_secrets.index.columns import Columns
 from flowmason_secrets.index.terms import Terms
 from flowmason_secrets.storage import scanning, strict, wire
 from flowmason_secrets.storage.scanning import Block, Scanned, Source
 
 try:
+    from flowmason_secrets.api import _speedups as on_the_wire
     from flowmason_secrets.core import _speedups
     from flowmason_secrets.index import _speedups as by_column
 except ImportError:
@@ -32,6 +37,8 @@ except ImportError:
     needed = "a compiler and the headers of Python and OpenSSL"
     pytest.skip(f"not compiled: that takes {needed}", allow_module_level=True)
 
+# Of two events each.
+FILLED = (array("q", (1, 2)), *(array("I", (1, 2)) for _ in range(6)))
 MANY = st.lists(st.binary(max_size=200), max_size=40)
 
 
@@ -41,6 +48,9 @@ def test_it_is_what_is_used() -> None:
     assert vars(scanning)["take_lines"] is _speedups.take_lines
     assert vars(columns)["read_columns"] is by_column.read_columns
     assert vars(postings)["postings_of"] is by_column.postings
+    assert vars(audit)["unlike"] is by_column.unlike
+    assert vars(recent)["matching"] is by_column.matching
+    assert vars(entries)["shown"] is on_the_wire.shown
 
 
 @given(MANY)
@@ -76,6 +86,20 @@ def test_parents(nodes: list[bytes]) -> None:
         ("among", ({1: b"\x20\x00"}, {1: b"1234"}, 4), ValueError),
         ("among", ({1: b"1234"}, {1: b"\xff\xff"}, 4), ValueError),
         ("among", ({1: None}, {1: b"12345"}, 4), ValueError),
+        ("shown", ("",), TypeError),
+        ("unlike", ([b""], [], (None,) * 7), ValueError),
+        ("unlike", ([""], [0], (None,) * 7), TypeError),
+        ("unlike", ([b""], [""], (None,) * 7), TypeError),
+        ("unlike", ([b""], [1 << 64], (None,) * 7), OverflowError),
+        ("unlike", ([], [], (None,) * 6), TypeError),
+        ("unlike", ((), [], (None,) * 7), TypeError),
+        ("matching", (FILLED, (-1,) * 7, None, (0, 9), 0, 3), ValueError),
+        ("matching", (FILLED, (-1,) * 7, None, (0, 9), -1, 1), ValueError),
+        ("matching", (FILLED, (-1,) * 6, None, (0, 9), 0, 1), TypeError),
+        ("matching", (FILLED, (-1,) * 7, 7, (0, 9), 0, 1), TypeError),
+        ("matching", (FILLED[:6], (-1,) * 7, None, (0, 9), 0, 1), ValueError),
+        ("matching", (FILLED[1:] + FILLED[:1], (-1,) * 7, None, (0, 9), 0, 1), ValueError),
+        ("matching", ((*FILLED[:6], [1, 2]), (-1,) * 7, None, (0, 9), 0, 1), TypeError),
         ("union", ([b"1"], 4), ValueError),
         ("union", ([b"1234", "1234"], 4), ValueError),
         ("union", ((), 4), TypeError),
@@ -101,8 +125,12 @@ def test_parents(nodes: list[bytes]) -> None:
     ],
 )
 def test_wrong_arguments(call: str, arguments: tuple[Any, ...], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        getattr(by_column if hasattr(by_column, call) else _speedups, call)(*arguments)
+    for module in (by_column, _speedups, on_the_wire):
+        if hasattr(module, call):
+            with pytest.raises(error):
+                getattr(module, call)(*arguments)
+            return
+    raise AssertionError
 
 
 # Lines. Two of them are needed before one that is taken so: the first is always read the slow way.
@@ -153,6 +181,10 @@ def encoded(line: dict[str, Any]) -> bytes:
     )
 
 
+# What all lines have.
+NOTHING = (None,) * 7
+
+
 def usual(seq: int) -> bytes:
     return encoded({**USUAL, "seq": seq, "time": TIMES[min(seq, 2)]})
 
@@ -180,8 +212,27 @@ def agree(*lines: bytes, end: bytes = b"\n") -> None:
     data = b"\n".join(lines) + end
     found, slowly = both(data)
     assert found == slowly
+    for line in lines:
+        assert on_the_wire.shown(line) in (None, shown_slowly(line))
+        assert is_event(line) or by_column.unlike([line], [1], NOTHING) == ([0], set())
     if data and end == b"\n":
         assert indexed(data, by_column.read_columns) == indexed(data, plain.read_columns)
+
+
+def shown_slowly(line: bytes) -> bytes | None:
+    """A line as it is on the wire; None if it is no event."""
+    try:
+        return msgspec.json.encode(shapes.audit_out(orjson.loads(line)))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def is_event(line: bytes) -> bool:
+    """Whether a line is the event with seq 1."""
+    try:
+        return bool(orjson.loads(line)["seq"] == 1)
+    except (LookupError, TypeError, ValueError):
+        return False
 
 
 UNUSED = sqlite3.connect(":memory:")
@@ -434,3 +485,140 @@ def test_an_error_of_a_mapping(field: int) -> None:
     mappings[field] = Broken()
     with pytest.raises(RuntimeError, match="no term for"):
         by_column.read_columns(usual(0) + b"\n", 0, 0, tuple(mappings))
+
+
+# Lines on the wire.
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"outcome": "denied", "status": 403, "details": {"error": "not allowed"}},
+        {"outcome": "failed", "details": {}},
+        {"outcome": "expired", "details": {"n": 1, "error": "late", "l": ["error"]}},
+        {"name": None, "version": None},
+        {"name": None},
+        {"version": None, "status": None, "request_id": None, "user_agent": None},
+        {"actor": None, "actor_type": "system", "client_ip": None, "resource_id": None},
+        {"actor_type": "user"},
+        {"actor_type": "api_keys"},
+        {"details": {f"key{number}": number for number in range(16)}},
+    ],
+    ids=str,
+)
+def test_usual_lines_are_shown(fields: dict[str, Any]) -> None:
+    line = encoded({**USUAL, **fields})
+    found = on_the_wire.shown(line)
+    assert found == shown_slowly(line) is not None
+    assert entries.encode(events.Entry(line)) == found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"details": {key: "x"}} for key in ("name", "version", "outcome", "status")),
+        *({"details": {"a": 1, key: "x"}} for key in ("request_id", "user_agent")),
+        {"outcome": "failed", "details": {"error": 7}},
+        {"outcome": "failed", "details": {"error": None}},
+        {"details": {"error": None}},
+        {"details": {f"key{number}": number for number in range(17)}},
+        {"name": "\u00e9"},
+        {"user_agent": "a\\b"},
+    ],
+    ids=str,
+)
+def test_unusual_lines_are_left_to_python(fields: dict[str, Any]) -> None:
+    line = encoded({**USUAL, **fields})
+    assert on_the_wire.shown(line) is None
+    assert entries.encode(events.Entry(line)) == shown_slowly(line) is not None
+
+
+def test_details_that_come_twice() -> None:
+    line = encoded({**USUAL, "details": {"a": 1, "b": 2, "c": 3}})
+    assert on_the_wire.shown(line) is not None
+    for twice in (b'"a":2', b'"a":1'):
+        assert on_the_wire.shown(line.replace(b'"b":2', twice)) is None
+
+
+def test_a_line_and_more() -> None:
+    for end in (b"\n", b" ", b"\0", b"}", usual(1)):
+        line = usual(0) + end
+        assert on_the_wire.shown(line) is None
+        assert by_column.unlike([line], [0], NOTHING) == ([0], set())
+    long = encoded({**USUAL, "user_agent": "u" * 4096})
+    assert on_the_wire.shown(long) is None
+
+
+# Lines that are asked for.
+
+FEW_VALUES = st.sampled_from(("a", "b", "secret", "success", "denied"))
+ASKED = st.builds(
+    AuditQuery,
+    org_id=st.none() | FEW_VALUES,
+    resource_type=st.none() | FEW_VALUES,
+    action=st.none() | FEW_VALUES,
+    name=st.none() | FEW_VALUES,
+    actor=st.none() | FEW_VALUES,
+    success=st.none() | st.booleans(),
+    allow=st.sampled_from(((), ("*",))),
+)
+GIVEN = st.fixed_dictionaries(
+    {
+        "seq": st.integers(0, 3),
+        "org_id": st.none() | FEW_VALUES,
+        "resource_type": FEW_VALUES,
+        "action": FEW_VALUES,
+        "name": st.none() | FEW_VALUES | st.just("\u00e9"),
+        "actor": st.none() | FEW_VALUES,
+        "outcome": st.sampled_from(("success", "denied", "failed", "unusual")),
+    }
+)
+
+
+@given(st.lists(GIVEN, max_size=4), ASKED)
+def test_what_is_not_known_to_be_asked_for(given: list[dict[str, Any]], query: AuditQuery) -> None:
+    lines = [USUAL | fields for fields in given]
+    doubtful, names = by_column.unlike(
+        [encoded(line) for line in lines], [1] * len(lines), audit._wanted(query)
+    )
+    kind = "secret" if query.allow else query.resource_type
+    free = query._replace(allow=(), resource_type=kind)
+    expected = [
+        place
+        for place, line in enumerate(lines)
+        if line["seq"] != 1
+        or line["name"] == "\u00e9"
+        or line["outcome"] == "unusual"
+        or not audit._matches(line, free, lambda name: True)  # type: ignore[arg-type]
+    ]
+    assert doubtful == expected
+    assert names == {
+        encoded(line["name"]) for place, line in enumerate(lines) if place not in doubtful
+    }
+
+
+@given(st.integers(0, 12), st.data())
+def test_events_by_their_columns(count: int, data: st.DataObject) -> None:
+    def some(bound: int) -> st.SearchStrategy[list[int]]:
+        return st.lists(st.integers(0, bound), min_size=count, max_size=count)
+
+    held = (
+        array("q", data.draw(some(3))),
+        *(array("I", data.draw(some(2))) for _ in range(6)),
+    )
+    asked = data.draw(st.tuples(*[st.integers(-1, 2)] * 7))
+    names = data.draw(st.none() | st.sets(st.integers(0, 3)))
+    span = data.draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+    low, high = sorted(data.draw(st.tuples(*[st.integers(0, count)] * 2)))
+    arguments = held, asked, names, span, low, high
+    assert by_column.matching(*arguments) == plain.matching(*arguments)
+
+
+def test_terms_and_times_at_their_bounds() -> None:
+    held = (array("q", (-(2**63), 2**63 - 1)), *(array("I", (2**32 - 1, 0)) for _ in range(6)))
+    ends, terms = (-(2**62), 2**62), (-1,) * 7
+    for span in (ends, (-(2**63), 2**63 - 1), (-(2**63), 0)):
+        for asked in (terms, (2**32 - 1, *terms[1:]), (2**40, *terms[1:]), (*terms[:6], 0)):
+            arguments = held, asked, {2**32 - 1}, span, 0, 2
+            assert by_column.matching(*arguments) == plain.matching(*arguments)

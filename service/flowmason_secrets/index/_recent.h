@@ -63,6 +63,10 @@ static PyObject *matching(PyObject *module, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "O!(LLLLLLL)O(LL)nn", &PyTuple_Type, &arrays, t, t + 1, t + 2,
             t + 3, t + 4, t + 5, t + 6, &names, &since, &until, &low, &high))
         return NULL;
+    if (names != Py_None && !PyAnySet_Check(names)) {
+        PyErr_SetString(PyExc_TypeError, "names are a set");
+        return NULL;
+    }
     if (PyTuple_GET_SIZE(arrays) != COLUMNS || low < 0) {
         PyErr_SetString(PyExc_ValueError, "not the columns, or not a place in them");
         return NULL;
