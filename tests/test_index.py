@@ -25,7 +25,7 @@ from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
 from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
 from flowmason_secrets.core.records import Metadata
-from flowmason_secrets.index import candidates, events, listing, pieces, sealing, sqlite
+from flowmason_secrets.index import candidates, events, listing, pieces, recent, sealing, sqlite
 from flowmason_secrets.index.database import Database
 from flowmason_secrets.index.progress import Progress
 from flowmason_secrets.index.sqlite import SqliteIndex
@@ -319,6 +319,8 @@ quick = settings(
     # The events of a piece, of how many candidates each has its row looked up, and how many
     # postings cost as much as a row: of none, names are found in rows only.
     st.sampled_from(((3, 0, 2), (3, 2, 0), (1024, 2, 2), (1024, 32, 0), (1024, 32, 9))),
+    # Of the newest events, how many are read and looked at together, and of how many blocks.
+    st.sampled_from(((2048, 1024, 2), (3, 5, 2), (20, 3, 1))),
     st.data(),
 )
 @quick
@@ -328,6 +330,7 @@ def test_an_audit_query_is_a_scan_of_the_lines(
     queries: list[AuditQuery],
     block: int,
     lookup: tuple[int, int, int],
+    newest: tuple[int, int, int],
     data: st.DataObject,
 ) -> None:
     log, (piece, few, rows) = mixed(seed, size), lookup
@@ -344,6 +347,8 @@ def test_an_audit_query_is_a_scan_of_the_lines(
         patch.setattr(pieces, "PIECE", piece)
         # A rebuilt one has the right answer, whatever the first one said.
         patch.setattr(Database, "discard", Mock(side_effect=AssertionError))
+        for name, value in zip(("_AT_ONCE", "_TOGETHER", "_BLOCKS"), newest, strict=True):
+            patch.setattr(recent, name, value)
         patch.setattr(candidates, "_FEW", few)
         patch.setattr(candidates, "_ROWS", rows)
         patch.setattr(sealing, "_TERMS", 5)
@@ -583,6 +588,14 @@ def wrong_rows(path: Path) -> None:
     _sql(path, 'update event set "offset" = "offset" + 1')
 
 
+def no_newest_row(path: Path) -> None:
+    _sql(path, "delete from event where seq = (select position - 3 from state)")
+
+
+def newest_rows_of_text(path: Path) -> None:
+    _sql(path, "update event set actor = 'x' where seq >= (select sealed from state)")
+
+
 def misspelt(path: Path) -> None:
     """Another name, but only in one of the two places that have it."""
     data = path.read_bytes()
@@ -598,6 +611,7 @@ AT_REST = (
     *(delete, delete_all, empty, shorten, garbage, holes, other_schema, too_far, not_a_number),
     *(no_state, no_table, other_log, wrong_postings, wrong_merged, wrong_rows, misspelt),
     *(no_times, wrong_times, wrong_secrets),
+    *(no_newest_row, newest_rows_of_text),
 )
 # Those others are found when a file is opened.
 WHILE_OPEN = tuple(harm for harm in AT_REST if harm not in (other_schema, other_log, misspelt))
@@ -615,6 +629,37 @@ async def test_damaged_at_rest(path: Path, harm, caplog) -> None:  # type: ignor
     await index.close()
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == (0 if harm in (delete, delete_all, empty) else 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "query"),
+    [
+        ("org", "acme", AuditQuery("acme", limit=1000)),
+        ("name", "b_1", AuditQuery("acme", name="b_1", limit=1000)),
+        ("name", "b_1", AuditQuery(None, allow=("b_1",), limit=1000)),
+        ("actor", "key_1", AuditQuery(None, actor="key_1", limit=1000)),
+        ("action", "secret.read", AuditQuery(None, action="secret.read", limit=1000)),
+        ("type", "secret", AuditQuery(None, resource_type="secret", limit=1000)),
+        ("type", "secret", AuditQuery(None, allow=("*",), limit=1000)),
+        ("outcome", "success", AuditQuery(None, success=True, limit=1000)),
+        ("outcome", "denied", AuditQuery(None, success=False, limit=1000)),
+    ],
+)
+async def test_nothing_that_was_not_asked_for(
+    path: Path, caplog: pytest.LogCaptureFixture, column: str, value: str, query: AuditQuery
+) -> None:
+    """Though the newest rows say that they are all of a kind."""
+    log = mixed(1, 300)
+    log.append("api_key.create", org="globex", name="a")
+    index = make(log, path)
+    await check(log, index)
+    await index.close()
+    term = f"(select id from term where value = cast('{value}' as blob) order by scope limit 1)"
+    _sql(path, f"update event set {column} = {term} where seq >= (select sealed from state)")
+    index = make(log, path)
+    assert await lines(index, query, log.position()) == scan(log, query, log.position())
+    await index.close()
+    assert "is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("harm", WHILE_OPEN)
