@@ -39,11 +39,6 @@ static int is_null(const Line *line, int field)
     return *line->values[field].begin == 'n';
 }
 
-static int is_text(const Line *line, int field, const char *wanted)
-{
-    return text(line->values[field].begin, wanted) == line->values[field].end;
-}
-
 /* What a line's details have for "error", or else its outcome. NULL if that is no string, or if
    details have a key twice, or one that an event on the wire has anyway. */
 static const char *error_of(const Line *line, const char **end)
@@ -116,13 +111,13 @@ static PyObject *shown(PyObject *module, PyObject *bytes)
     put_value(&to, "{\"id\":", &line, ID);
     put_value(&to, ",\"seq\":", &line, SEQ);
     put_value(&to, ",\"timestamp\":", &line, WHEN);
-    int is_key = is_text(&line, ACTOR_TYPE, "\"api_key\"");
+    int is_key = text(line.values[ACTOR_TYPE].begin, "\"api_key\"") != NULL;
     put_value(&to, is_key ? ",\"user_id\":null,\"api_key_id\":" : ",\"user_id\":", &line, ACTOR);
     put_value(&to, is_key ? ",\"action\":" : ",\"api_key_id\":null,\"action\":", &line, ACTION);
     put_value(&to, ",\"resource_type\":", &line, TYPE);
     put_value(&to, ",\"resource_id\":", &line, RESOURCE);
     put_details(&to, &line);
-    if (is_text(&line, OUTCOME, "\"success\"")) {
+    if (text(line.values[OUTCOME].begin, "\"success\"")) {
         put_text(&to, ",\"success\":true,\"error_message\":null");
     } else {
         put_text(&to, ",\"success\":false,\"error_message\":");

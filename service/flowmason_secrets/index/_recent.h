@@ -72,10 +72,9 @@ static PyObject *matching(PyObject *module, PyObject *arguments)
         return NULL;
     }
     Columns columns;
-    int done = hold(&columns, arrays, high);
-    PyObject *found = done ? PyList_New(0) : NULL;
-    done = found != NULL;
-    const int64_t *times = columns.views[0].buf;
+    PyObject *found = hold(&columns, arrays, high) ? PyList_New(0) : NULL;
+    int done = found != NULL;
+    const int64_t *times = done ? columns.views[0].buf : NULL;
     for (Py_ssize_t i = low; done && i < high; i++) {
         if (times[i] < since || times[i] >= until || !has_terms(&columns, t, i))
             continue;
