@@ -650,7 +650,15 @@ async def test_nothing_that_was_not_asked_for(
 ) -> None:
     """Though the newest rows say that they are all of a kind."""
     log = mixed(1, 300)
-    log.append("api_key.create", org="globex", name="a")
+    for number in range(40):
+        action, outcome = ("secret.read", "api_key.create"), ("success", "success", "denied")
+        log.append(
+            action[number % 2],
+            outcome[number % 3],
+            ORGS[number // 2 % 2],
+            NAMES[number % 5],
+            "key_2",
+        )
     index = make(log, path)
     await check(log, index)
     await index.close()

@@ -146,7 +146,7 @@ def in_order(events: Events, ascending: bool, size: int, skip: int = 0) -> Itera
         places = places_of(events)
         yield from places[skip:] if ascending else places[::-1][skip:]
         return
-    starts = range((size - len(events.lstrip(b"\0"))) & ~7, len(events.rstrip(b"\0")), 8)
+    starts = range(size - len(events.lstrip(b"\0")), len(events.rstrip(b"\0")), 8)
     for start in starts if ascending else reversed(starts):
         word = int.from_bytes(events[start : start + 8], "little")
         if skip and skip >= (found := word.bit_count()):

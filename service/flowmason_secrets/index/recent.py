@@ -71,7 +71,6 @@ class Recent:
             for column, more in zip(self._all, columns, strict=True):
                 column.extend(more)
         except (TypeError, OverflowError) as error:
-            self.forget()
             raise Damaged("a row is not made of numbers") from error
 
     def matching(self, plan: Plan, high: int) -> Iterator[int]:
