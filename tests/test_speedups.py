@@ -511,7 +511,7 @@ def test_usual_lines_are_shown(fields: dict[str, Any]) -> None:
     line = encoded({**USUAL, **fields})
     found = on_the_wire.shown(line)
     assert found == shown_slowly(line) is not None
-    assert entries.encode(events.Entry(line)) == found
+    assert entries.encode(events.Entry(line, orjson.loads)) == found
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_usual_lines_are_shown(fields: dict[str, Any]) -> None:
 def test_unusual_lines_are_left_to_python(fields: dict[str, Any]) -> None:
     line = encoded({**USUAL, **fields})
     assert on_the_wire.shown(line) is None
-    assert entries.encode(events.Entry(line)) == shown_slowly(line) is not None
+    assert entries.encode(events.Entry(line, orjson.loads)) == shown_slowly(line) is not None
 
 
 def test_details_that_come_twice() -> None:

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
-import orjson
-
 from .access import Caller
 from .records import Ref
 
@@ -85,14 +83,14 @@ class Entry:
     known to be that event's, and decoded when somebody asks for it: not everybody does.
     """
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, decode: Callable[[bytes], Line]) -> None:
         self.raw = raw
+        self._decode = decode
 
     @cached_property
     def line(self) -> Line:
         """What the line says."""
-        line: Line = orjson.loads(self.raw)
-        return line
+        return self._decode(self.raw)
 
 
 class Receipt(NamedTuple):

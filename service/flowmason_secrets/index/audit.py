@@ -121,7 +121,7 @@ def _checked(lines: list[bytes], seqs: list[int], query: AuditQuery) -> list[Ent
     Raises:
         Damaged: one of them is not the event with its seq, or does not match.
     """
-    entries = [Entry(line) for line in lines]
+    entries = [Entry(line, orjson.loads) for line in lines]
     # Of nearly all their bytes tell it; and a page has few names, each many times.
     doubtful, names = unlike(lines, seqs, _wanted(query))
     may_name = cache(matcher(query.allow))

@@ -4,6 +4,8 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import orjson
+
 from ..core.errors import LogDamaged
 from ..core.events import Entry
 from ..core.ports import Chunk, Tail
@@ -63,7 +65,7 @@ def verify(connection: sqlite3.Connection, tail: Tail) -> None:
         raise Damaged("the events that follow were archived")
     if known.position:
         (raw,) = fetch(tail, [(known.segment, known.offset)])
-        last = Entry(raw)
+        last = Entry(raw, orjson.loads)
         check(last, known.position - 1)
         if last.line["id"] != known.event:
             raise Damaged("it belongs to another log")
