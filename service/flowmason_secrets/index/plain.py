@@ -210,12 +210,15 @@ def as_bits(events: Events, size: int) -> int:
 
 def of_bits(bits: int, size: int) -> Events:
     """The same back."""
+    bitmap = bits.to_bytes(size, "little")
     if bits.bit_count() > few_of(size):
-        return bits.to_bytes(size, "little")
+        return bitmap
     places = []
-    while bits:
-        places.append((bits & -bits).bit_length() - 1)
-        bits &= bits - 1
+    for start in range(0, size, 8):
+        word = int.from_bytes(bitmap[start : start + 8], "little")
+        while word:
+            places.append(8 * start + (word & -word).bit_length() - 1)
+            word &= word - 1
     return struct.pack(f"<{len(places)}H", *places)
 
 
