@@ -25,7 +25,16 @@ from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.names import org_hash, secret_hash, secret_id
 from flowmason_secrets.core.ports import AuditQuery, Chunk, Index, ListQuery, Tail
 from flowmason_secrets.core.records import Metadata
-from flowmason_secrets.index import candidates, events, listing, pieces, recent, sealing, sqlite
+from flowmason_secrets.index import (
+    candidates,
+    events,
+    listing,
+    pieces,
+    recent,
+    sealing,
+    shelf,
+    sqlite,
+)
 from flowmason_secrets.index.database import Database
 from flowmason_secrets.index.progress import Progress
 from flowmason_secrets.index.sqlite import SqliteIndex
@@ -350,6 +359,8 @@ def test_an_audit_query_is_a_scan_of_the_lines(
         for name, value in zip(("_AT_ONCE", "_TOGETHER", "_BLOCKS"), newest, strict=True):
             patch.setattr(recent, name, value)
         patch.setattr(candidates, "_FEW", few)
+        # Hardly any postings are kept, if few rows are.
+        patch.setattr(shelf, "_ROOM", 100 * newest[0])
         patch.setattr(candidates, "_ROWS", rows)
         patch.setattr(sealing, "_TERMS", 5)
         asyncio.run(run())
@@ -588,6 +599,11 @@ def wrong_rows(path: Path) -> None:
     _sql(path, 'update event set "offset" = "offset" + 1')
 
 
+def no_row(path: Path) -> None:
+    """Of an event with postings."""
+    _sql(path, "delete from event where seq = 250")
+
+
 def no_newest_row(path: Path) -> None:
     _sql(path, "delete from event where seq = (select position - 3 from state)")
 
@@ -611,7 +627,7 @@ AT_REST = (
     *(delete, delete_all, empty, shorten, garbage, holes, other_schema, too_far, not_a_number),
     *(no_state, no_table, other_log, wrong_postings, wrong_merged, wrong_rows, misspelt),
     *(no_times, wrong_times, wrong_secrets),
-    *(no_newest_row, newest_rows_of_text),
+    *(no_row, no_newest_row, newest_rows_of_text),
 )
 # Those others are found when a file is opened.
 WHILE_OPEN = tuple(harm for harm in AT_REST if harm not in (other_schema, other_log, misspelt))
