@@ -16,6 +16,7 @@ from ..core.ports import Clock
 from ..core.tiles import WIDTH, Edge
 from . import wire
 from .chunks import ChunkReader, segment_name, segments
+from .commitlock import CommitLock
 from .compression import BROKEN, SUFFIXES, Form, compressed, decompressed
 from .durable import SHARED_FILE, Durable
 from .minimum import MinimumFile
@@ -146,8 +147,12 @@ class FilesArchive:
         """
         # Nobody commits meanwhile: whoever follows the log expects the next segment where the last
         # one ended.
-        with self._commit_lock():
-            return self._remove(minimum)
+        lock = CommitLock(self._layout, self._durable)
+        try:
+            with lock.held():
+                return self._remove(minimum)
+        finally:
+            lock.close()
 
     def _remove(self, minimum: Minimum | None) -> int:
         if minimum is not None and self._staged(minimum.minimum):
@@ -160,16 +165,6 @@ class FilesArchive:
         if gone:
             self._durable.sync_path(self._layout.events)
         return len(gone)
-
-    @contextlib.contextmanager
-    def _commit_lock(self) -> Iterator[None]:
-        lock = self._durable.open_slot(self._layout.lock)
-        forking.close_in_children(lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            forking.close(lock)
 
 
 class _Copying:

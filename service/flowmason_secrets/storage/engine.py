@@ -5,13 +5,11 @@ Everything here blocks, and runs in the one commit thread of its store.
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
-from .. import forking
 from ..core.errors import InvalidInput, LogDamaged, LogUnavailable
 from ..core.events import CHANGES, Receipt, changed
 from ..core.intents import Admission, Changes, Intent, admit
@@ -19,6 +17,7 @@ from ..core.ports import STALE, Sources, Verdict
 from ..core.records import Change, Proof, PutSecret, Ref, SecretRecord, Single, singles
 from . import wire
 from .cache import CiphertextCache
+from .commitlock import CommitLock
 from .durable import PRIVATE_FILE, Durable
 from .eventlog import HEADER_BYTES, Archived, EventLog, SegmentLimits
 from .published import Layout, Published
@@ -55,7 +54,7 @@ class Engine:
         self._env = environment
         self._reserve = reserve
         self._log: EventLog | None = None
-        self._lock: int | None = None
+        self._lock = CommitLock(environment.layout, environment.durable, self._prepare)
         self._changes = Changes(0)
         self._journal: Journal | None = None
         # Whether the log may hold lines that nobody has synced.
@@ -71,18 +70,16 @@ class Engine:
 
     def commit(self, batch: Sequence[Intent]) -> list[Verdict]:
         """One verdict for each intent; see `Store.commit`."""
-        lock = self._acquire()
-        try:
-            verdicts = self._commit_within_room(batch, self._caught_up(lock), lock)
-        except OSError as error:
-            self._abandon()
-            self._reserve.release(error)
-            raise LogUnavailable.of(error) from error
-        except BaseException:
-            self._abandon()
-            raise
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
+        with self._lock.held():
+            try:
+                verdicts = self._commit_within_room(batch, self._caught_up())
+            except OSError as error:
+                self._abandon()
+                self._reserve.release(error)
+                raise LogUnavailable.of(error) from error
+            except BaseException:
+                self._abandon()
+                raise
         return self._durable(verdicts)
 
     def seal_journal(self) -> Journal | None:
@@ -104,13 +101,11 @@ class Engine:
 
     def keep_reserve(self) -> None:
         """See `Store.watch`."""
-        lock = self._acquire()
-        try:
-            self._reserve.keep()
-        except OSError as error:
-            raise LogUnavailable.of(error) from error
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
+        with self._lock.held():
+            try:
+                self._reserve.keep()
+            except OSError as error:
+                raise LogUnavailable.of(error) from error
 
     def close(self) -> None:
         """Settle and release everything."""
@@ -120,25 +115,10 @@ class Engine:
                 journal.settle()
         finally:
             self._abandon()
-            if self._lock is not None:
-                forking.close(self._lock)
-                self._lock = None
+            self._lock.close()
 
-    def _acquire(self) -> int:
-        try:
-            while True:
-                if self._lock is None:
-                    self._lock = self._open_lock()
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
-                # Somebody may have removed the file: a lock on it would exclude nobody.
-                if os.fstat(self._lock).st_nlink:
-                    return self._lock
-                forking.close(self._lock)
-                self._lock = None
-        except OSError as error:
-            raise LogUnavailable.of(error) from error
-
-    def _open_lock(self) -> int:
+    def _prepare(self) -> None:
+        """Make all directories that there have to be."""
         layout, durable = self._env.layout, self._env.durable
         new = [path for path in (layout.root, *layout.root.parents) if not path.exists()]
         for directory in (layout.root, layout.events, layout.staged, layout.keys):
@@ -149,11 +129,8 @@ class Engine:
         for org in layout.organisations():
             durable.restrict(layout.root / org)
         durable.sync_path(layout.root)
-        lock = durable.open_slot(layout.lock)
-        forking.close_in_children(lock)
-        return lock
 
-    def _caught_up(self, lock: int) -> EventLog:
+    def _caught_up(self) -> EventLog:
         """The log with everything in it that any process has appended, and all of it published."""
         try:
             behind = self._log is not None and self._log.changed()
@@ -162,25 +139,25 @@ class Engine:
             self._abandon()
         log = self._log
         if log is None:
-            return self._open(lock)
+            return self._open()
         if behind:
             published, unpublished = None, False
             for line in log.catch_up():
                 # Nearly all are reads.
                 for ref in changed(line) if line.action in CHANGES else ():
-                    published = _published_up_to(lock) if published is None else published
+                    published = self._lock.published if published is None else published
                     self._changes.record(ref, line.seq + 1)
                     self._env.cache.drop(ref)
                     unpublished |= line.seq >= published
             self._unsynced = True
             if unpublished or self._stuck is not None:
-                self._recover(log, lock)
+                self._recover(log)
             self.position = log.position
         elif self._stuck is not None:
-            self._recover(log, lock)
+            self._recover(log)
         return log
 
-    def _open(self, lock: int) -> EventLog:
+    def _open(self) -> EventLog:
         env = self._env
         log = EventLog(env.layout, env.durable, env.sources, env.limits)
         try:
@@ -190,7 +167,7 @@ class Engine:
                     f"The log has {log.position} events, and had {self.position} before. "
                     "Put back what is missing, and start again."
                 )
-            self._recover(log, lock)
+            self._recover(log)
         except BaseException:
             log.close()
             raise
@@ -202,7 +179,7 @@ class Engine:
         self.position = log.position
         return log
 
-    def _recover(self, log: EventLog, lock: int) -> None:
+    def _recover(self, log: EventLog) -> None:
         """Publish what is staged and has its event in the log; drop what has not.
 
         What can't be published, on a full disk, stays staged, and is read from there.
@@ -227,7 +204,7 @@ class Engine:
         # Too small a number is safe: it makes others recover once more. Without it, metadata
         # would not be readable on a full disk.
         with contextlib.suppress(OSError):
-            self._set_published(lock, log.position)
+            self._lock.published = log.position
 
     def _published_again(self, changes: Sequence[Single]) -> bool:
         published = self._env.published
@@ -243,37 +220,31 @@ class Engine:
             return False
         return True
 
-    def _commit_within_room(
-        self, batch: Sequence[Intent], log: EventLog, lock: int
-    ) -> list[Verdict]:
+    def _commit_within_room(self, batch: Sequence[Intent], log: EventLog) -> list[Verdict]:
         """Commit all of it; or without what is ordinary, as long as the reserve is in use."""
         if not self._reserve.in_use():
-            return self._commit(batch, log, lock)
+            return self._commit(batch, log)
         if any(ordinary(intent.event) for intent in batch) and self._reserve.refill():
-            return self._commit(batch, log, lock)
-        return self._commit_without_ordinary(batch, log, lock)
+            return self._commit(batch, log)
+        return self._commit_without_ordinary(batch, log)
 
-    def _commit_without_ordinary(
-        self, batch: Sequence[Intent], log: EventLog, lock: int
-    ) -> list[Verdict]:
+    def _commit_without_ordinary(self, batch: Sequence[Intent], log: EventLog) -> list[Verdict]:
         rest = [intent for intent in batch if not ordinary(intent.event)]
-        decided = iter(self._commit(rest, log, lock))
+        decided = iter(self._commit(rest, log))
         return [
             LogUnavailable(_KEPT) if ordinary(intent.event) else next(decided) for intent in batch
         ]
 
-    def _again(
-        self, batch: Sequence[Intent], position: int, lock: int, error: OSError
-    ) -> list[Verdict]:
+    def _again(self, batch: Sequence[Intent], position: int, error: OSError) -> list[Verdict]:
         """Commit on the reserve what the disk had no room for."""
         ids = {intent.event.id for intent in batch if intent.event is not None}
-        log = self._caught_up(lock)
+        log = self._caught_up()
         if any(line.id in ids for line in log.lines(position)):
             # Some got into the log. That is allowed for what is not acknowledged, but once only.
             return [LogUnavailable.of(error) if intent.event else STALE for intent in batch]
-        return self._commit_without_ordinary(batch, log, lock)
+        return self._commit_without_ordinary(batch, log)
 
-    def _commit(self, batch: Sequence[Intent], log: EventLog, lock: int) -> list[Verdict]:
+    def _commit(self, batch: Sequence[Intent], log: EventLog) -> list[Verdict]:
         verdicts: list[Verdict] = [None] * len(batch)
         position = log.position
         admission = admit(batch, self._changes, log.position)
@@ -283,15 +254,15 @@ class Engine:
             if admission.events:
                 if self._stuck is not None:
                     raise self._stuck
-                self._append(admission, verdicts, log, lock)
+                self._append(admission, verdicts, log)
         except wire.Unwritable as error:
             refused = {admission.events[n][0]: reason for n, reason in error.reasons.items()}
-            return self._without(batch, refused, log, lock)
+            return self._without(batch, refused, log)
         except OSError as error:
             # What needs no event is answered all the same: metadata stay readable.
             self._abandon()
             if self._reserve.release(error):
-                return self._again(batch, position, lock, error)
+                return self._again(batch, position, error)
             for index, _ in admission.events:
                 verdicts[index] = LogUnavailable.of(error)
         return verdicts
@@ -315,14 +286,14 @@ class Engine:
         return verdicts
 
     def _without(
-        self, batch: Sequence[Intent], refused: dict[int, str], log: EventLog, lock: int
+        self, batch: Sequence[Intent], refused: dict[int, str], log: EventLog
     ) -> list[Verdict]:
         """Refuse what can't be a line; decide anew over the others, which have other seqs then."""
         # The changes of the others were recorded with those seqs.
         self._changes = Changes(log.position)
         self.position = log.position
         rest = [intent for index, intent in enumerate(batch) if index not in refused]
-        decided = iter(self._commit(rest, log, lock))
+        decided = iter(self._commit(rest, log))
         return [
             InvalidInput("event", refused[index]) if index in refused else next(decided)
             for index in range(len(batch))
@@ -333,7 +304,6 @@ class Engine:
         admission: Admission,
         verdicts: list[Verdict],
         log: EventLog,
-        lock: int,
     ) -> None:
         admitted, changes = admission.events, admission.changes
         if changes:
@@ -343,7 +313,7 @@ class Engine:
         if changes:
             log.sync()
             self._unsynced = False
-            self._publish([change for _, change in changes], log, lock)
+            self._publish([change for _, change in changes], log)
         for seq, (index, event) in enumerate(admitted, log.position - len(admitted)):
             verdicts[index] = Receipt(seq, event.id)
         # If publishing failed, the log is abandoned: whoever read the old files meanwhile must not
@@ -360,7 +330,7 @@ class Engine:
             self._journal = Journal(env.layout.staged, env.durable, uuid4().hex, position)
         self._journal.stage(changes)
 
-    def _publish(self, changes: Sequence[Change], log: EventLog, lock: int) -> None:
+    def _publish(self, changes: Sequence[Change], log: EventLog) -> None:
         """Publish in the order of commits: the lock is still held."""
         env, journal = self._env, self._journal
         assert journal is not None  # noqa: S101 - _stage has set it
@@ -368,7 +338,7 @@ class Engine:
         try:
             for _, single in parts:
                 journal.published.update(env.published.publish(single))
-            self._set_published(lock, log.position)
+            self._lock.published = log.position
         except OSError:
             # They are committed: recovery publishes them as soon as it can, before anything else.
             self._abandon()
@@ -378,10 +348,6 @@ class Engine:
                 record = SecretRecord(single.metadata, single.token, log.position, proof=Proof())
                 env.cache.put(ref, record)
 
-    def _set_published(self, lock: int, position: int) -> None:
-        if _published_up_to(lock) != position:
-            self._env.durable.put_slot(lock, position.to_bytes(8, "little"))
-
     def _abandon(self) -> None:
         if self._log is not None:
             self._log.close()
@@ -390,7 +356,3 @@ class Engine:
             self._journal.close()
             self._journal = None
         self._env.cache.clear()
-
-
-def _published_up_to(lock: int) -> int:
-    return int.from_bytes(os.pread(lock, 8, 0), "little")
