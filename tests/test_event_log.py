@@ -18,11 +18,13 @@ from flowmason_secrets.core import times
 from flowmason_secrets.core.access import ANY, Caller, Principal
 from flowmason_secrets.core.errors import LogDamaged
 from flowmason_secrets.core.events import MAX_LINE, Event, Ids, Line, event
+from flowmason_secrets.core.minimum import Minimum
 from flowmason_secrets.core.ports import Sources
 from flowmason_secrets.storage import wire
 from flowmason_secrets.storage.chunks import ChunkReader, read_lines, segment_name, segments
 from flowmason_secrets.storage.durable import Durable, ShortWrite
 from flowmason_secrets.storage.eventlog import EventLog, SegmentLimits
+from flowmason_secrets.storage.minimum import MinimumFile
 from flowmason_secrets.storage.published import Layout
 
 from .harness.faults import Faulty, PowerOff, Unplugged, io_error, no_space, short_write
@@ -55,15 +57,21 @@ class Logs:
         self.scratch.mkdir()
         self.new_id = Ids(self.clock, Random(1).randbytes)
 
-    def open(
+    def new(
         self, *, size: int = 64 << 20, age: float = 86400.0, durable: Durable | None = None
     ) -> EventLog:
-        log = EventLog(
+        """One that is not open yet."""
+        return EventLog(
             self.layout,
             durable or Durable(),
             Sources(self.clock, self.new_id),
             SegmentLimits(size, age),
         )
+
+    def open(
+        self, *, size: int = 64 << 20, age: float = 86400.0, durable: Durable | None = None
+    ) -> EventLog:
+        log = self.new(size=size, age=age, durable=durable)
         log.open()
         return log
 
@@ -403,7 +411,7 @@ TAILS: dict[str, Tail] = {
 }
 
 
-@pytest.mark.parametrize("who", ["opens", "follows"])
+@pytest.mark.parametrize("who", ["opens", "follows", "opens after approaching", "approaches"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_torn_tail_stays_and_a_new_segment_begins(logs: Logs, tail: str, who: str) -> None:
     log = logs.open()
@@ -414,7 +422,12 @@ def test_a_torn_tail_stays_and_a_new_segment_begins(logs: Logs, tail: str, who: 
     logs.tear(TAILS[tail](logs))
     before = logs.contents()
     assert len(logs.lines()) == size
-    reader = logs.open() if who == "opens" else other
+    reader = logs.new() if who.startswith("opens") else other
+    if who in ("opens after approaching", "approaches"):
+        assert len(list(reader.approach())) == (size if reader is not other else 0)
+        assert list(reader.approach()) == []
+    if who.startswith("opens"):
+        reader.open()
     assert list(reader.catch_up()) == []
     assert reader.position == size
     assert not reader.changed()
@@ -433,6 +446,121 @@ def test_a_torn_tail_stays_and_a_new_segment_begins(logs: Logs, tail: str, who: 
     assert decoded == logs.lines()
     for one in {id(one): one for one in (log, other, reader)}.values():
         one.close()
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_just_being_written_is_read_later(logs: Logs, seed: int, *, opened: bool) -> None:
+    """Without the lock a log may end anywhere. It is read to its end all the same, each line once,
+    and is not torn.
+    """
+    random = Random(seed)
+    size = random.choice((2000, 20_000, 64 << 20))
+    writer = logs.open(size=size)
+    for _ in range(60):
+        writer.append(
+            [logs.event("N" * random.randint(1, 200)) for _ in range(random.randint(1, 9))]
+        )
+    whole = logs.contents()
+    for path in logs.directory.iterdir():
+        path.unlink()
+    lines: list[int] = []
+    reader = logs.new(size=size)
+    for number, (name, data) in enumerate(sorted(whole.items())):
+        header = data.index(b"\n") + 1
+        ends = [
+            random.randrange(header, len(data) + 1) for _ in range(random.choice((0, 1, 3, 30)))
+        ]
+        path = logs.directory / name
+        for end in [*sorted(ends), len(data)]:
+            # A segment appears with its header. What is behind it grows.
+            path.write_bytes(data[:end])
+            if number == 0 and opened and not lines:
+                reader.open()
+                lines += range(reader.position)
+            lines += [line.seq for line in reader.approach()]
+            assert len(lines) == reader.position == data[:end].count(b"\n") + int(name[6:18])
+    if not opened:
+        reader.open()
+    assert not reader.changed()
+    assert lines == list(range(writer.position))
+    reader.append([logs.event("LAST")])
+    assert logs.lines()[-1]["name"] == "LAST"
+    # Only what is sealed has a successor.
+    assert len(logs.contents()) == len(whole) + (len(data) >= size)
+    reader.close()
+    writer.close()
+
+
+def archive(logs: Logs, minimum: int) -> None:
+    """Nothing is left of what was before this segment."""
+    MinimumFile.beside(logs.directory).write(Minimum(minimum), Durable())
+    for first in segments(logs.directory):
+        if first < minimum:
+            (logs.directory / segment_name(first)).unlink()
+
+
+@pytest.mark.parametrize("rolls", [0, 1, 2, 5])
+@pytest.mark.parametrize("archived", [False, True])
+def test_between_approaching_and_opening_others_go_on(
+    logs: Logs, rolls: int, *, archived: bool
+) -> None:
+    writer = logs.open(size=1)
+    for _ in range(3):
+        writer.append([logs.event()])
+    reader = logs.new(size=1)
+    assert [line.seq for line in reader.approach()] == [4, 5]
+    for _ in range(rolls):
+        writer.append([logs.event(), logs.event()])
+    if archived:
+        archive(logs, segments(logs.directory)[-1])
+    reader.open()
+    assert reader.position == writer.position == 6 + 3 * rolls
+    assert not reader.changed()
+    reader.append([logs.event("LAST")])
+    assert [line.seq for line in writer.catch_up()][-1] == reader.position - 1
+    reader.close()
+    writer.close()
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut off", "all removed"])
+def test_what_is_taken_away_between_approaching_and_opening_is_missed(
+    logs: Logs, damage: str
+) -> None:
+    writer = logs.open(size=4000)
+    for _ in range(30):
+        writer.append([logs.event()])
+    reader = logs.new()
+    read = [line.seq for line in reader.approach()]
+    last = logs.directory / segment_name(read[0])
+    if damage == "cut off":
+        last.write_bytes(last.read_bytes()[:-1])
+    else:
+        last.unlink()
+    if damage == "all removed":
+        for path in logs.directory.iterdir():
+            path.unlink()
+    with pytest.raises(LogDamaged, match=last.name):
+        reader.open()
+    reader.close()
+    writer.close()
+
+
+def test_a_long_way_is_gone_again(logs: Logs) -> None:
+    """What is appended while much is read is read as well, and what is appended then is little."""
+    writer, reader = logs.open(), logs.open()
+    batch = [logs.event("N" * 200) for _ in range(2000)]
+    for _ in range(3):
+        writer.append(batch)
+    seen: list[int] = []
+    for line in reader.approach():
+        seen.append(line.seq)
+        if line.seq in (10, 6010):
+            writer.append(batch)
+    assert seen == list(range(writer.position))
+    assert len(seen) == reader.position == 10_001
+    reader.close()
+    writer.close()
 
 
 def test_lines_far_from_each_other_are_read_together(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import os
 import threading
@@ -39,7 +40,7 @@ from flowmason_secrets.storage.files import FilesStore
 from flowmason_secrets.storage.memory import MemoryStore
 from flowmason_secrets.storage.published import Layout, Published
 
-from .harness.faults import Faulty, Watched, io_error
+from .harness.faults import Faulty, PowerOff, Watched, io_error
 
 ORG = "acme"
 _ids = Ids(time.time, os.urandom)
@@ -565,6 +566,138 @@ async def test_opening_beside_a_process_that_settles_its_journal(
     record = await two.load(ORG, "A")
     assert record is not None
     assert record.damage is None
+    await one.close()
+    await two.close()
+
+
+async def test_an_answer_rests_on_nothing_that_others_have_not_synced(tmp_path: Path) -> None:
+    """They may have died before they could."""
+    disk = Watched()
+    one, two = files_store(tmp_path), files_store(tmp_path, disk)
+    await one.commit([put("A")])
+    await caught_up(two)
+    for appended in (1, 0, 2, 0):
+        if appended:
+            await one.commit([read("A")] * appended)
+        disk.steps.clear()
+        await caught_up(two)
+        assert ("sync" in disk.steps) == bool(appended)
+    await one.close()
+    await two.close()
+
+
+class ReadUnderTheLock:
+    """How many bytes of the log were read by those who held the commit lock at that time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.size = 0
+        self._held = False
+        flock, pread = fcntl.flock, os.pread
+
+        def locking(descriptor: int, operation: int) -> None:
+            flock(descriptor, operation)
+            self._held = operation == fcntl.LOCK_EX
+
+        def reading(descriptor: int, size: int, place: int) -> bytes:
+            data = pread(descriptor, size, place)
+            # The hint in the lock's own file has eight bytes.
+            self.size += len(data) if self._held and size > 8 else 0
+            return data
+
+        monkeypatch.setattr(fcntl, "flock", locking)
+        monkeypatch.setattr(os, "pread", reading)
+
+
+@pytest.mark.parametrize("who", ["opens", "follows"])
+async def test_nobody_waits_for_one_who_reads_what_others_appended(
+    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much it is: it is read before the lock is taken."""
+    limits = SegmentLimits(size=1 << 20)
+    one, two = files_store(tmp_path, limits=limits), files_store(tmp_path, limits=limits)
+    await one.commit([put("A")])
+    if who == "follows":
+        await caught_up(two)
+    for _ in range(10):
+        await one.commit([read("A")] * 1000)
+    await one.commit([put("A", 2)])
+    under_lock = ReadUnderTheLock(monkeypatch)
+    assert await caught_up(two) == one.position > 10_000
+    assert under_lock.size == 0
+    record = await two.load(ORG, "A")
+    assert record is not None
+    assert record.metadata.version == 2
+    # What comes after that is seen as well.
+    await one.commit([put("A", 3)])
+    verdicts = await two.commit([read("A", on("A", record.as_of)), read("A", on("A", 0))])
+    assert verdicts == [STALE, STALE]
+    await one.close()
+    await two.close()
+
+
+async def test_what_is_committed_but_not_yet_published_is_not_known_to_others(
+    tmp_path: Path,
+) -> None:
+    """They meet its event without the lock; files that they read then are older than it."""
+    committed, go_on = threading.Event(), threading.Event()
+
+    class Slow(Durable):
+        waits = False
+
+        def put(self, path: str, data: bytes, mode: int) -> None:
+            if self.waits:
+                committed.set()
+                assert go_on.wait(30)
+            super().put(path, data, mode)
+
+    slow = Slow()
+    one, two = files_store(tmp_path, slow), files_store(tmp_path)
+    await one.commit([put("A")])
+    before = await caught_up(two)
+    slow.waits = True
+    writing = asyncio.create_task(one.commit([put("A", 2)]))
+    assert await asyncio.to_thread(committed.wait, 30)
+    waiting = asyncio.create_task(two.commit([read("A")]))
+    # It has read the event when it waits for the lock.
+    log = two._engine._log
+    assert log is not None
+    while log.position == before:
+        await asyncio.sleep(0.001)
+    old = await two.load(ORG, "A")
+    assert old is not None
+    assert (old.metadata.version, old.as_of, two.position) == (1, before, before)
+    go_on.set()
+    await writing
+    assert isinstance((await waiting)[0], Receipt)
+    assert await two.commit([read("A", on("A", old.as_of))]) == [STALE]
+    # What was read then is not kept either.
+    kept = two.peek(ORG, "A")
+    assert kept is None or await two.commit([read("A", on("A", kept.as_of))]) == [STALE]
+    await one.close()
+    await two.close()
+
+
+async def test_a_change_that_was_read_early_is_published_if_nobody_did(tmp_path: Path) -> None:
+    """Its writer dies between the commit and the publishing, while another waits for the lock."""
+    one, two = files_store(tmp_path), files_store(tmp_path)
+    await one.commit([put("A")])
+    before = await caught_up(two)
+
+    class Dying(Durable):
+        def put(self, path: str, data: bytes, mode: int) -> None:
+            raise PowerOff
+
+    dying = files_store(tmp_path, Dying())
+    with pytest.raises(PowerOff):
+        await dying.commit([put("A", 2)])
+    await dying.close()
+    # Read without the lock, and then nothing is left to be read with it.
+    two._engine._approach()
+    assert two.position == before
+    assert await caught_up(two) == before + 1
+    record = await two.load(ORG, "A")
+    assert record is not None
+    assert (record.metadata.version, record.damage) == (2, None)
     await one.close()
     await two.close()
 

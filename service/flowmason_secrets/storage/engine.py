@@ -6,7 +6,7 @@ Everything here blocks, and runs in the one commit thread of its store.
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -23,6 +23,7 @@ from .eventlog import HEADER_BYTES, Archived, EventLog, SegmentLimits
 from .published import Layout, Published
 from .reserve import RESERVE_BYTES, Reserve, ordinary
 from .staging import Journal, Leftovers, sync_published
+from .wire import Followed
 
 # A journal is settled when it has grown this large, in bytes.
 JOURNAL_LIMIT = 8 << 20
@@ -54,8 +55,13 @@ class Engine:
         self._env = environment
         self._reserve = reserve
         self._log: EventLog | None = None
+        # One that is not opened yet, but has been read already.
+        self._approached: EventLog | None = None
         self._lock = CommitLock(environment.layout, environment.durable, self._prepare)
         self._changes = Changes(0)
+        # How long the log was with the newest change by others of which nobody has looked yet
+        # whether it is published; 0 without one.
+        self._foreign = 0
         self._journal: Journal | None = None
         # Whether the log may hold lines that nobody has synced.
         self._unsynced = False
@@ -70,6 +76,7 @@ class Engine:
 
     def commit(self, batch: Sequence[Intent]) -> list[Verdict]:
         """One verdict for each intent; see `Store.commit`."""
+        self._approach()
         with self._lock.held():
             try:
                 verdicts = self._commit_within_room(batch, self._caught_up())
@@ -130,6 +137,36 @@ class Engine:
             durable.restrict(layout.root / org)
         durable.sync_path(layout.root)
 
+    def _approach(self) -> None:
+        """Read what others have appended before the lock is asked for, however much that is: while
+        it is held, everybody waits.
+        """
+        try:
+            if self._log is not None:
+                self._follow(self._log.approach())
+            else:
+                if self._approached is None:
+                    self._approached = self._new_log()
+                for _ in self._approached.approach():
+                    pass
+        except (OSError, LogDamaged):
+            # Whatever is wrong shows itself again under the lock, where it is told.
+            self._abandon()
+
+    def _new_log(self) -> EventLog:
+        env = self._env
+        return EventLog(env.layout, env.durable, env.sources, env.limits)
+
+    def _follow(self, lines: Iterable[Followed]) -> None:
+        """Note what others have changed."""
+        for line in lines:
+            self._unsynced = True
+            # Nearly all are reads.
+            for ref in changed(line) if line.action in CHANGES else ():
+                self._changes.record(ref, line.seq + 1)
+                self._env.cache.drop(ref)
+                self._foreign = line.seq + 1
+
     def _caught_up(self) -> EventLog:
         """The log with everything in it that any process has appended, and all of it published."""
         try:
@@ -141,25 +178,18 @@ class Engine:
         if log is None:
             return self._open()
         if behind:
-            published, unpublished = None, False
-            for line in log.catch_up():
-                # Nearly all are reads.
-                for ref in changed(line) if line.action in CHANGES else ():
-                    published = self._lock.published if published is None else published
-                    self._changes.record(ref, line.seq + 1)
-                    self._env.cache.drop(ref)
-                    unpublished |= line.seq >= published
-            self._unsynced = True
-            if unpublished or self._stuck is not None:
-                self._recover(log)
-            self.position = log.position
-        elif self._stuck is not None:
+            self._follow(log.catch_up())
+        foreign, self._foreign = self._foreign, 0
+        if self._stuck is not None or (foreign and foreign > self._lock.published):
             self._recover(log)
+        # Not before: whoever reads files now that are not published must not pass for having read
+        # them after these events.
+        self.position = log.position
         return log
 
     def _open(self) -> EventLog:
         env = self._env
-        log = EventLog(env.layout, env.durable, env.sources, env.limits)
+        log, self._approached = self._approached or self._new_log(), None
         try:
             log.open()
             if log.position < self.position:
@@ -173,6 +203,7 @@ class Engine:
             raise
         self._log = log
         self._unsynced = True
+        self._foreign = 0
         # Whatever was read before this is read again.
         self._changes = Changes(log.position)
         env.cache.clear()
@@ -349,9 +380,10 @@ class Engine:
                 env.cache.put(ref, record)
 
     def _abandon(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        for log in (self._log, self._approached):
+            if log is not None:
+                log.close()
+        self._log = self._approached = None
         if self._journal is not None:
             self._journal.close()
             self._journal = None

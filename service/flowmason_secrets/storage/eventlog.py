@@ -1,6 +1,6 @@
 """The event log: append-only segments of lines. FORMAT.md §5.
 
-Blocking, and used under the commit lock.
+Blocking, and used under the commit lock, but for `approach`.
 """
 
 import os
@@ -74,23 +74,43 @@ class EventLog:
         self._last_time = 0.0
         self.position = 0
 
+    def approach(self) -> Iterator[Followed]:
+        """The lines that are there by now, like `catch_up`, but without the commit lock: `open` and
+        `catch_up` have little left to read then. Before `open` it begins with the last segment.
+
+        Raises:
+            LogDamaged: as `open` or `catch_up`.
+        """
+        if self._segment is None:
+            self._enter_last()
+        long = True
+        try:
+            while long:
+                long = False
+                for number, lines in enumerate(self._chunks()):
+                    yield from lines
+                    # Much may have been appended meanwhile.
+                    long = number > 0
+        finally:
+            # What looks torn may just be being written. Under the lock one knows.
+            self._torn = False
+
     def open(self) -> None:
         """Find the end of the log. Only the last segment is read.
 
         Raises:
             LogDamaged: the last segment does not begin with the seq in its name, or is missing.
         """
-        firsts, minimum = segments(self._directory), self.minimum
-        if minimum > max(firsts, default=0):
-            raise LogDamaged(
-                f"The segment with event {minimum} of the log is missing, and was not archived. "
-                "Put back what is missing in events/, and start again."
-            )
-        if firsts:
-            self.position = firsts[-1]
-            self._enter(firsts[-1])
-            for _ in self._chunks():
-                pass
+        approached = self._segment is not None
+        if approached:
+            try:
+                self.changed()
+            except Archived:
+                approached = False
+        if not approached:
+            self._enter_last()
+        for _ in self._chunks():
+            pass
 
     def close(self) -> None:
         """Release the descriptor."""
@@ -191,6 +211,17 @@ class EventLog:
     def _exists(self, first: int) -> bool:
         # Asked for each batch; `os.path.exists` takes five times as long where nothing is.
         return os.access(f"{self._path}/{segment_name(first)}", os.F_OK)
+
+    def _enter_last(self) -> None:
+        firsts, minimum = segments(self._directory), self.minimum
+        if minimum > max(firsts, default=0):
+            raise LogDamaged(
+                f"The segment with event {minimum} of the log is missing, and was not archived. "
+                "Put back what is missing in events/, and start again."
+            )
+        if firsts:
+            self.position = firsts[-1]
+            self._enter(firsts[-1])
 
     def _enter(self, first: int) -> None:
         path = self._directory / segment_name(first)
