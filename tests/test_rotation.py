@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
@@ -141,6 +142,31 @@ async def test_only_the_key_changes(data_dir: Path, key_file: Path) -> None:
         with pytest.raises(DecryptionFailed):
             await service.get(ACME, "S000")
         assert await get(service, "THEIRS", OTHER) == "their value"
+
+
+async def test_half_of_the_time_it_leaves_the_machine_to_others(
+    data_dir: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each batch it pauses as long as that took."""
+    slow, sync = 0.02, Durable.sync
+    synced: list[float] = []
+
+    def slowly(durable: Durable, descriptor: int) -> None:
+        time.sleep(slow)
+        sync(durable, descriptor)
+        if threading.current_thread().name.startswith("flowmason-commit"):
+            synced.append(time.monotonic())
+
+    async with opened(data_dir, key_file) as service:
+        names = [f"S{n:03}" for n in range(3 * rotation.BATCH)]
+        await asyncio.gather(*(put(service, name, "value") for name in names))
+        await service.rotation.use(ACME, TWO)
+        monkeypatch.setattr(Durable, "sync", slowly)
+        batches = service.rotation.reencrypt(ACME, names)
+        pauses = [time.monotonic() - synced[-1] async for _ in batches]
+    # A batch syncs its changes and its event.
+    assert len(pauses) == 3
+    assert min(pauses) >= 2 * slow
 
 
 async def test_no_key_material_leaves(
